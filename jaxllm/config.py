@@ -1,0 +1,42 @@
+"""EngineConfig: what the user asked, with vLLM's flag names. Plain data, no JAX: `plan.py` decides what will be done."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Every option of the engine. None means: chosen by `plan` from the model and the machine, and logged.
+
+    model: a folder or a Hub id; None is the model that ships in the package.
+    max_model_len: prompt and answer together, in tokens; -1 ("auto") is the most that memory allows.
+    gpu_memory_utilization: the fraction of each device's total memory that weights, cache and step may take together.
+    block_size: tokens in a page of the KV cache.
+    """
+
+    model: str | None = None
+    tokenizer: str | None = None
+    revision: str | None = None
+    download_dir: str | None = None
+    load_format: str = "auto"
+    dtype: str = "auto"
+    hf_overrides: dict[str, Any] = field(default_factory=dict)
+    trust_remote_code: bool = False
+    generation_config: str = "auto"  # auto: the model's own; "vllm": none; or a folder
+    chat_template: str | None = None  # a file, or the template itself
+    served_model_name: str | None = None
+    seed: int = 0
+    max_model_len: int | None = None
+    tensor_parallel_size: int = 1
+    gpu_memory_utilization: float = 0.9
+    block_size: int | None = None
+    num_gpu_blocks_override: int | None = None  # pages in the cache, whatever memory allows
+    enable_prefix_caching: bool = True
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    max_logprobs: int = 20
+    enforce_eager: bool = False  # few buckets, quick start
+    device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -1,0 +1,172 @@
+"""What a caller asks and what comes back: SamplingParams, Request, Output, and the error tree. Plain dataclasses, no JAX.
+
+    JaxllmError
+    ├── ConfigError        the options, the checkpoint or the machine do not fit together: fatal at start
+    ├── RequestError       this request can never be served as asked: a 400
+    └── EngineDeadError    the engine stopped; nothing will be answered any more: a 503
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+
+MAX_BIAS = 300  # logit_bias entries a row keeps on the device
+MAX_STOP_IDS = 64  # stop and eos ids a row keeps on the device, to ban them before min_tokens
+
+
+class JaxllmError(Exception):
+    """Base of every error that jaxllm raises on purpose; its text is one sentence meant for the user."""
+
+
+class ConfigError(JaxllmError, ValueError):
+    """Options, checkpoint and machine do not fit together."""
+
+
+class RequestError(JaxllmError, ValueError):
+    """The request can never be served as asked. `param` names the field at fault, if one is."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
+
+
+class EngineDeadError(JaxllmError, RuntimeError):
+    """The engine has stopped and will answer nothing more."""
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens, with vLLM's names, defaults and meanings.
+
+    temperature 0 is greedy; top_k 0 or -1 and top_p 1 are off. `logprobs=n` returns the chosen token's
+    log-probability and the n likeliest (0: the chosen one only), of the model's own distribution before
+    temperature and penalties; `prompt_logprobs` the same for every prompt token. `seed` makes a request's
+    tokens the same whatever else is in the batch. `max_tokens=None` means as many as fit.
+    """
+
+    n: int = 1
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self):
+        # Frozen, so what arrives as a string or list is put in its one form here, before anybody reads it.
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k in (-1, 0) else self.top_k)
+        for name, low, high in _BOUNDS:
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and low <= value <= high):
+                raise RequestError(f"{name} must be from {low} to {high}, but it is {value}", name)
+        for name, low in _POSITIVE:
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > low):
+                raise RequestError(f"{name} must be greater than {low}, but it is {value}", name)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens must not exceed max_tokens, but {self.min_tokens} > {self.max_tokens}", "min_tokens")
+        if any(not s for s in self.stop):
+            raise RequestError("stop strings must not be empty", "stop")
+        if len(self.logit_bias) > MAX_BIAS:
+            raise RequestError(f"logit_bias holds {len(self.logit_bias)} tokens; at most {MAX_BIAS} fit", "logit_bias")
+        if len(self.stop_token_ids) > MAX_STOP_IDS // 2:
+            raise RequestError(f"stop_token_ids holds {len(self.stop_token_ids)} ids; at most {MAX_STOP_IDS // 2} fit", "stop_token_ids")
+
+    def with_defaults(self, **changes) -> "SamplingParams":
+        """A copy with `changes` made, checked like any other."""
+        return replace(self, **changes)
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature < 1e-5
+
+
+_INT_MAX = 2**31 - 1
+_BOUNDS = (
+    ("n", 1, 128),
+    ("temperature", 0.0, 2.0),
+    ("top_p", 0.0, 1.0),
+    ("top_k", 0, _INT_MAX),
+    ("min_p", 0.0, 1.0),
+    ("presence_penalty", -2.0, 2.0),
+    ("frequency_penalty", -2.0, 2.0),
+    ("max_tokens", 1, _INT_MAX),
+    ("min_tokens", 0, _INT_MAX),
+    ("logprobs", 0, _INT_MAX),
+    ("prompt_logprobs", 0, _INT_MAX),
+)
+_POSITIVE = (("top_p", 0.0), ("repetition_penalty", 0.0))
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to continue. `id` is the caller's; it must be unique among the running ones."""
+
+    id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    prompt: str | None = None  # its text, if it had one, only to be given back
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token's log-probability; rank 1 is the likeliest."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    text: str = ""
+
+
+# The chosen token first, then the likeliest ones in order (the chosen one may be among them).
+TokenLogprobs = tuple[Logprob, ...]
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation. While it streams, `text`, `token_ids` and `logprobs` hold only what is new.
+
+    finish_reason: stop (an end or stop token, or a stop string), length, abort, error; None while it runs.
+    stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
+    """
+
+    index: int = 0
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a request has produced: everything from `LLM.generate`, only what is new from `Engine.generate`.
+
+    `prompt_logprobs[i]` belongs to prompt token i (None for the first, which nothing predicts).
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[Completion, ...]
+    finished: bool
+    prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
+    num_cached_tokens: int = 0
