@@ -1,0 +1,23 @@
+"""The KV pages on the device: one K and one V array a layer, [pages, kv_heads, page_size, head_dim], sharded over heads.
+
+A (page, head) tile is contiguous, so one TMA copy brings it and heads shard for tensor parallelism. Pages start as
+zeros: attention multiplies masked places by zero, and zero times an uninitialised NaN is NaN.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from converters.model_config import ModelConfig
+from jaxllm.parallel import sharding
+from jaxllm.plan import Plan
+
+Cache = list[tuple[jax.Array, jax.Array]]
+PAGE_AXES = (None, "kv", None, None)
+
+
+def make_cache(plan: Plan, model: ModelConfig, mesh: Mesh) -> Cache:
+    """Zeroed pages of every layer; page 0, the trash page, comes on top of the plan's."""
+    shape = (plan.num_pages + 1, model.num_kv_heads, plan.page_size, model.head_dim)
+    zeros = jax.jit(lambda: jnp.zeros(shape, plan.dtype), out_shardings=sharding(mesh, PAGE_AXES))
+    return [(zeros(), zeros()) for _ in model.layers]

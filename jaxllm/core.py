@@ -1,0 +1,246 @@
+"""The engine's turn: take what arrived, dispatch the next step, read the step before it, hand out what is new.
+
+`Core` is synchronous and owns the scheduler and every running request's text; a thread (Engine) or a test calls `turn`.
+Step n+1 is dispatched before step n's tokens are read, so a row may run once more after its last token: that late token
+is dropped. Every sequence ends exactly once, in `_end`.
+"""
+
+import itertools
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxllm.batch import StepResult
+from jaxllm.plan import Plan
+from jaxllm.request import (
+    MAX_STOP_IDS,
+    Completion,
+    FinishReason,
+    Logprob,
+    Output,
+    Request,
+    RequestError,
+    TokenLogprobs,
+)
+from jaxllm.scheduler import Row, Scheduler, Sequence, Step
+from jaxllm.text import Detokenizer, Tokenizer
+
+Listener = Callable[[Output], None]
+
+
+class Handle(Protocol):
+    """A step under way; `read` waits for what it found out."""
+
+    def read(self) -> StepResult: ...
+
+
+class Runs(Protocol):
+    """What Core wants of a runner: the real one, or the token oracle of the tests."""
+
+    def run(self, step: Step) -> Handle: ...
+
+
+@dataclass
+class _Live:
+    """A running request: its sequences, their text, and who listens."""
+
+    request: Request
+    listener: Listener
+    sequences: list[Sequence]
+    texts: list[Detokenizer | None]
+    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    left: int = 0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A moment's figures. pages: how many a sequence may hold; free + cached + held == pages."""
+
+    running: int
+    waiting: int
+    pages: int
+    free: int
+    cached: int
+    held: int
+    preemptions: int
+    prompt_tokens: int
+    cached_tokens: int
+    generation_tokens: int
+
+
+class Core:
+    """eos_ids: the tokens that end an answer unless a request says ignore_eos."""
+
+    def __init__(self, runner: Runs, plan: Plan, vocab_size: int, eos_ids: frozenset[int], tokenizer: Tokenizer | None, seed: int = 0):
+        self.plan, self.vocab_size, self.eos_ids = plan, vocab_size, eos_ids
+        self._runner, self._tokenizer = runner, tokenizer
+        self._scheduler = Scheduler(plan)
+        self._live: dict[str, _Live] = {}
+        self._flight: tuple[Step, Handle] | None = None
+        self._seeds = random.Random(seed)
+        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generation_tokens": 0}
+
+    # ------------------------------------------------------------------ the door
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for what can never be served, with the numbers in it."""
+        params, prompt = request.params, request.prompt_token_ids
+        longest = self.plan.max_model_len
+        if not prompt:
+            raise RequestError("the prompt is empty; at least one token is needed", "prompt")
+        if len(prompt) >= longest:
+            raise RequestError(
+                f"This model's maximum context length is {longest} tokens. However, your prompt contains {len(prompt)} input tokens, "
+                f"which leaves no room for an answer: at most {longest - 1} fit. Shorten the prompt.",
+                "prompt",
+            )
+        self._check_ids("prompt", prompt)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.plan.max_logprobs:
+                raise RequestError(
+                    f"{name} is {getattr(params, name)}, but this server gives at most {self.plan.max_logprobs} (--max-logprobs)", name
+                )
+        if params.stop and self._tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this engine runs without one; use stop_token_ids", "stop")
+
+    def _check_ids(self, name: str, ids) -> None:
+        if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise RequestError(f"{name} holds token id {outside[0]}, but the vocabulary has ids 0 to {self.vocab_size - 1}", name)
+
+    def add(self, request: Request, listener: Listener) -> None:
+        """Queues a request; `listener` gets its outputs, from the thread that calls `turn`."""
+        self.check(request)
+        if request.id in self._live:
+            raise RequestError(f"request id {request.id!r} is already running", "request_id")
+        params = request.params
+        stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
+        if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
+            raise RequestError(f"min_tokens can hold back at most {MAX_STOP_IDS} stop ids, but there are {len(stop_ids)}", "min_tokens")
+        longest = self.plan.max_model_len
+        limit = longest if params.max_tokens is None else min(longest, len(request.prompt_token_ids) + params.max_tokens)
+        seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
+        sequences = [Sequence(request, i, seed + i, limit, stop_ids) for i in range(params.n)]
+        texts = [self._tokenizer and Detokenizer(self._tokenizer, request.prompt_token_ids, params) for _ in sequences]
+        self._live[request.id] = _Live(request, listener, sequences, texts, left=params.n)
+        self._counts["prompt_tokens"] += len(request.prompt_token_ids)
+        for sequence in sequences:
+            self._scheduler.add(sequence)
+
+    def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
+        """Ends a request now and gives its pages back. Does nothing if it has ended already."""
+        if (live := self._live.get(request_id)) is not None:
+            for sequence in live.sequences:
+                if not sequence.finished:
+                    self._end(live, sequence, "", (), None, reason)
+
+    def abort_all(self, reason: FinishReason) -> None:
+        for request_id in list(self._live):
+            self.abort(request_id, reason)
+
+    # ------------------------------------------------------------------ the turn
+
+    def turn(self) -> bool:
+        """One step out, one step in. False if there was nothing to do."""
+        step = self._scheduler.next()
+        flight, self._flight = self._flight, None
+        if step is not None:
+            self._counts["cached_tokens"] += sum(s.cached for s in step.admitted if s.length == s.prompt_len)
+            self._flight = step, self._runner.run(step)
+        if flight is not None:
+            self._take(*flight)
+        return step is not None or flight is not None
+
+    def _take(self, step: Step, handle: Handle) -> None:
+        result = handle.read()
+        for i, row in enumerate(step.rows):
+            if row.sequence.finished:  # a late token
+                continue
+            live = self._live[row.sequence.request.id]
+            if result.prompt is not None:
+                self._keep_prompt_logprobs(live, row, result)
+            if row.samples:
+                self._take_token(live, row.sequence, result.tokens[i], self._logprobs(row, i, result))
+
+    def _take_token(self, live: _Live, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+        sequence.tokens.append(token)
+        sequence.pending -= 1
+        self._counts["generation_tokens"] += 1
+        if sequence.slot is not None:
+            self._scheduler.publish(sequence)
+        text, reason, stop = self._text_of(live, sequence, token)
+        wanted = None if logprobs is None else (logprobs,)
+        if reason:
+            self._end(live, sequence, text, (token,), wanted, reason, stop)
+        else:
+            self._tell(live, Completion(sequence.index, text, (token,), wanted))
+
+    def _text_of(self, live: _Live, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
+        """The newly safe text, and whether and why this token is the last one."""
+        detokenizer = live.texts[sequence.index]
+        if token in sequence.stop_ids:
+            named = token in sequence.params.stop_token_ids
+            text = detokenizer.push([token]) if detokenizer and named and sequence.params.include_stop_str_in_output else ""
+            return text + (detokenizer.finish() if detokenizer else ""), "stop", token if named else None
+        text = detokenizer.push([token]) if detokenizer else ""
+        if detokenizer and detokenizer.stopped is not None:
+            return text, "stop", detokenizer.stopped
+        if len(sequence.tokens) >= sequence.limit:
+            return text + (detokenizer.finish() if detokenizer else ""), "length", None
+        return text, None, None
+
+    # ------------------------------------------------------------------ telling
+
+    def _end(self, live: _Live, sequence: Sequence, text: str, tokens: tuple[int, ...], logprobs, reason: FinishReason, stop=None) -> None:
+        self._scheduler.finish(sequence)
+        live.left -= 1
+        if not live.left:
+            del self._live[live.request.id]
+        self._tell(live, Completion(sequence.index, text, tokens, logprobs, reason, stop))
+
+    def _tell(self, live: _Live, completion: Completion) -> None:
+        request = live.request
+        output = Output(
+            request.id,
+            request.prompt,
+            request.prompt_token_ids,
+            (completion,),
+            finished=not live.left,
+            prompt_logprobs=self._whole_prompt_logprobs(live) if live.prompt_logprobs else None,
+            num_cached_tokens=live.sequences[0].cached,
+        )
+        live.prompt_logprobs = {}
+        live.listener(output)
+
+    def _logprobs(self, row: Row, i: int, result: StepResult) -> TokenLogprobs | None:
+        wanted = row.sequence.params.logprobs
+        if wanted is None or result.logprobs is None:
+            return None
+        chosen, rank, values, ids = result.logprobs
+        return self._top(result.tokens[i], chosen[i], rank[i], values[i], ids[i], wanted)
+
+    def _top(self, token: int, chosen, rank, values, ids, wanted: int) -> TokenLogprobs:
+        text = self._tokenizer.token_text if self._tokenizer else lambda token: ""
+        top = zip(ids[:wanted].tolist(), values[:wanted].tolist(), itertools.count(1))
+        return (
+            Logprob(token, float(chosen), int(rank), text(token)),
+            *(Logprob(i, value, place, text(i)) for i, value, place in top),
+        )
+
+    def _keep_prompt_logprobs(self, live: _Live, row: Row, result: StepResult) -> None:
+        assert result.prompt is not None
+        chosen, rank, values, ids = result.prompt
+        prompt, wanted = live.request.prompt_token_ids, live.request.params.prompt_logprobs or 0
+        for lane in range(row.count):
+            place = row.start + lane + 1  # a lane's logits are about the token that follows it
+            if place < len(prompt):
+                live.prompt_logprobs[place] = self._top(prompt[place], chosen[lane], rank[lane], values[lane], ids[lane], wanted)
+
+    def _whole_prompt_logprobs(self, live: _Live) -> list[TokenLogprobs | None]:
+        return [live.prompt_logprobs.get(i) for i in range(len(live.request.prompt_token_ids))]
+
+    def stats(self) -> Stats:
+        s, pool = self._scheduler, self._scheduler.pool
+        return Stats(len(s.running), len(s.waiting), pool.size, pool.free, pool.cached, pool.held, s.preemptions, **self._counts)

@@ -1,0 +1,66 @@
+"""Which devices a server takes, decided before JAX's backend starts, because it claims memory on every device it can see."""
+
+import os
+from pathlib import Path
+
+import jax
+
+from jaxllm.config import EngineConfig
+from jaxllm.plan import Machine
+from jaxllm.request import ConfigError
+
+
+def choose_devices(config: EngineConfig) -> list[jax.Device]:
+    """The first `tensor_parallel_size` devices. CUDA_VISIBLE_DEVICES says which GPUs there are to choose from.
+
+    If JAX's backend has started already (somebody used JAX in this process before), what it sees is what there is.
+    """
+    count = config.tensor_parallel_size
+    if count < 1:
+        raise ConfigError(f"--tensor-parallel-size must be at least 1, but it is {count}")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise ConfigError(f"--gpu-memory-utilization must be above 0 and at most 1, but it is {config.gpu_memory_utilization}")
+    if not _started():
+        # The pool that JAX takes at start is the fraction that was asked for: weights, cache and step live in it.
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(config.gpu_memory_utilization)
+        # Numbers among the devices that CUDA_VISIBLE_DEVICES leaves.
+        jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(count))))
+        if config.device != "auto":
+            jax.config.update("jax_platforms", config.device)
+        _use_cache()
+    try:
+        devices = jax.devices()
+    except RuntimeError as error:
+        raise ConfigError(f"no {config.device} device can be used: {str(error).splitlines()[0]}") from error
+    if config.device == "cpu" and devices[0].platform != "cpu":
+        devices = jax.devices("cpu")
+    if config.device == "cuda" and devices[0].platform != "gpu":
+        raise ConfigError("--device cuda wants an NVIDIA GPU, but JAX sees none; install the cuda13 or cuda12 extra, or leave --device out")
+    if len(devices) < count:
+        raise ConfigError(
+            f"--tensor-parallel-size {count} wants as many devices, but there are {len(devices)}; "
+            "lower it, or show more (CUDA_VISIBLE_DEVICES)"
+        )
+    return devices[:count]
+
+
+def machine(devices: list[jax.Device]) -> Machine:
+    """What `plan` needs to know about the chosen devices."""
+    first = devices[0]
+    stats = first.memory_stats() if first.platform == "gpu" else None
+    return Machine(first.platform, first.device_kind, len(devices), stats["bytes_limit"] if stats else None)
+
+
+def _started() -> bool:
+    from jax._src import xla_bridge  # there is no public way to ask
+
+    return xla_bridge.backends_are_initialized()
+
+
+def _use_cache() -> None:
+    """Compiled steps are kept in the user's cache directory, so that the second start is a quick one."""
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -1,0 +1,175 @@
+"""The engine people hold: it loads a model, turns `Core` in a thread of its own, and carries outputs to whoever waits.
+
+Requests and aborts come in through one queue, so that scheduler and runner are touched by the engine's thread only.
+Outputs of one turn go to each event loop in one call.
+"""
+
+import asyncio
+import gc
+import logging
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable
+
+from jaxllm.config import EngineConfig
+from jaxllm.core import Core, Stats
+from jaxllm.loading import Loaded, load_engine_parts
+from jaxllm.plan import Plan
+from jaxllm.request import EngineDeadError, JaxllmError, Output, Request
+from jaxllm.text import Tokenizer
+
+log = logging.getLogger("jaxllm")
+
+Sink = Callable[[Output | Exception], None]
+
+
+class Engine:
+    """A loaded, compiled, running model. Construction returns when it is ready; `close` (or `with`) ends it.
+
+    Raises ConfigError if options, checkpoint and machine do not fit together.
+    """
+
+    def __init__(self, config: EngineConfig | None = None, **options):
+        config = config or EngineConfig(**options)
+        parts = load_engine_parts(config)
+        self._start(config, parts)
+
+    def _start(self, config: EngineConfig, parts: Loaded) -> None:
+        self.config = config
+        self.plan: Plan = parts.plan
+        self.tokenizer: Tokenizer | None = parts.tokenizer
+        self.model_path: str = parts.path
+        self.model_name: str = config.served_model_name or parts.name
+        self.default_params: dict = parts.default_params
+        self._core = Core(parts.runner, parts.plan, parts.vocab_size, parts.eos_ids, parts.tokenizer, config.seed)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue, Output | Exception]]] = {}
+        self._sinks: dict[str, Sink] = {}
+        self._dead: Exception | None = None
+        # What was loaded lives as long as the engine: the collector need not walk it again and again.
+        gc.collect()
+        gc.freeze()
+        self._thread = threading.Thread(target=self._loop, name="jaxllm-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def max_model_len(self) -> int:
+        return self.plan.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self._core.vocab_size
+
+    @property
+    def healthy(self) -> bool:
+        return self._dead is None and self._thread.is_alive()
+
+    def stats(self) -> Stats:
+        return self._core.stats()
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for what can never be served."""
+        self._core.check(request)
+
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queues a request. `sink` gets its outputs, or one exception, from the engine's thread; it must not block.
+
+        Raises RequestError for what can never be served, EngineDeadError after the engine has stopped.
+        """
+        self.check(request)
+        self._send(lambda: self._add(request, sink))
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """The request's outputs as they come, each holding only what is new. Leaving the loop early aborts the request."""
+        loop, outputs = asyncio.get_running_loop(), asyncio.Queue()
+        self.submit(request, lambda item: self._outbox.setdefault(loop, []).append((outputs, item)))
+        finished = False
+        try:
+            while not finished:
+                item = await outputs.get()
+                finished = isinstance(item, Exception) or item.finished
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            if not finished:
+                self.abort(request.id)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and gives its pages back at the next turn. Its sink hears finish_reason "abort"."""
+        if self.healthy:
+            self._send(lambda: self._core.abort(request_id))
+
+    def close(self) -> None:
+        """Aborts what runs and stops the thread. May be called twice."""
+        self._inbox.put(None)
+        self._thread.join(timeout=60)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------ the thread
+
+    def _send(self, message: Callable[[], None]) -> None:
+        if not self.healthy:
+            raise EngineDeadError(f"the engine has stopped: {self._dead or 'it was closed'}") from self._dead
+        self._inbox.put(message)
+
+    def _add(self, request: Request, sink: Sink) -> None:
+        try:
+            self._core.add(request, self._hear)
+        except JaxllmError as error:
+            sink(error)
+        else:
+            self._sinks[request.id] = sink
+
+    def _hear(self, output: Output) -> None:
+        sink = self._sinks.pop(output.request_id) if output.finished else self._sinks[output.request_id]
+        sink(output)
+
+    def _loop(self) -> None:
+        try:
+            busy = False
+            while self._read_inbox(wait=not busy):
+                busy = self._core.turn()
+                self._flush()
+            self._core.abort_all("abort")
+        except Exception as error:
+            log.exception("the engine stopped")
+            self._dead = error
+        finally:
+            self._fail_all(EngineDeadError(f"the engine has stopped: {self._dead or 'it was closed'}"))
+            self._flush()
+
+    def _read_inbox(self, wait: bool) -> bool:
+        """Does what arrived; waits for something if `wait`. False once the engine is to close."""
+        while True:
+            try:
+                message = self._inbox.get(block=wait)
+            except queue.Empty:
+                return True
+            if message is None:
+                return False
+            message()
+            wait = False
+
+    def _fail_all(self, error: Exception) -> None:
+        for sink in self._sinks.values():
+            sink(error)
+        self._sinks.clear()
+
+    def _flush(self) -> None:
+        boxes, self._outbox = self._outbox, {}
+        for loop, items in boxes.items():
+            try:
+                loop.call_soon_threadsafe(_deliver, items)
+            except RuntimeError:
+                log.debug("an event loop closed with %d outputs under way", len(items))
+
+
+def _deliver(items: list[tuple[asyncio.Queue, Output | Exception]]) -> None:
+    for outputs, item in items:
+        outputs.put_nowait(item)

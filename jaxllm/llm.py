@@ -1,0 +1,175 @@
+"""LLM: prompts in, finished outputs out, in the order they were given. A thin face over Engine for scripts and notebooks."""
+
+import itertools
+import queue
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxllm.config import EngineConfig
+from jaxllm.engine import Engine
+from jaxllm.request import Completion, Output, Request, RequestError, SamplingParams
+
+Prompt = str | Sequence[int]
+
+
+class LLM:
+    """A model in this process. Options are EngineConfig's; `model=None` is the one that ships in the package.
+
+    llm = LLM("path/or/hub-id")
+    for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=50)):
+        print(output.outputs[0].text)
+    """
+
+    def __init__(self, model: str | None = None, **options: Any):
+        self.engine = Engine(EngineConfig(model=model, **options))
+        self._ids = itertools.count()
+
+    @property
+    def tokenizer(self):
+        return self.engine.tokenizer
+
+    def default_params(self) -> SamplingParams:
+        """What generation_config.json asks for, else vLLM's defaults."""
+        return SamplingParams(**self.engine.default_params)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[Output]:
+        """Every prompt continued, in input order.
+
+        prompts: one or many, each a text or a list of token ids. sampling_params: one for all, or one each. Raises RequestError,
+        before anything runs, for a prompt or parameter that cannot be served.
+        """
+        many = _as_list(prompts)
+        params = self._params(sampling_params, len(many))
+        requests = [self._request(prompt, p) for prompt, p in zip(many, params, strict=True)]
+        for request in requests:
+            self.engine.check(request)
+        return self._run(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[dict] | Sequence[Sequence[dict]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> list[Output]:
+        """Answers to one conversation, or to many; `template` goes to the chat template."""
+        if self.tokenizer is None:
+            raise RequestError("chat needs a tokenizer, and this engine runs without one; name one with tokenizer=...")
+        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        return self.generate([self.tokenizer.chat(c, **template) for c in conversations], sampling_params, use_tqdm=use_tqdm)
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def __enter__(self) -> "LLM":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+        if given is None or isinstance(given, SamplingParams):
+            return [given or self.default_params()] * count
+        if len(given) != count:
+            raise RequestError(f"{count} prompts were given with {len(given)} sampling params; give one, or one each")
+        return list(given)
+
+    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+        request_id = f"llm-{next(self._ids)}"
+        if not isinstance(prompt, str):
+            return Request(request_id, tuple(int(i) for i in prompt), params)
+        if self.tokenizer is None:
+            raise RequestError("a text prompt needs a tokenizer, and this engine runs without one; give token ids")
+        return Request(request_id, tuple(self.tokenizer.encode(prompt)), params, prompt)
+
+    def _run(self, requests: list[Request], use_tqdm: bool) -> list[Output]:
+        events: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
+        gathered = {request.id: _Gathered(request) for request in requests}
+        for request in requests:
+            self.engine.submit(request, events.put)
+        left = len(requests)
+        with _Bar(len(requests), use_tqdm) as bar:
+            while left:
+                item = events.get()
+                if isinstance(item, Exception):
+                    for request in requests:
+                        self.engine.abort(request.id)
+                    raise item
+                gathered[item.request_id].add(item)
+                if item.finished:
+                    left -= 1
+                    bar.done(gathered[item.request_id])
+        return [g.whole() for g in gathered.values()]
+
+
+class _Gathered:
+    """What a request has produced so far, put together from its deltas."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.parts: list[list[Completion]] = [[] for _ in range(request.params.n)]
+        self.first: Output | None = None
+
+    def add(self, output: Output) -> None:
+        if self.first is None or output.prompt_logprobs is not None:
+            self.first = output
+        for completion in output.outputs:
+            self.parts[completion.index].append(completion)
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(c.token_ids) for part in self.parts for c in part)
+
+    def whole(self) -> Output:
+        assert self.first is not None
+        return replace(self.first, outputs=tuple(map(_joined, self.parts)), finished=True)
+
+
+def _joined(parts: list[Completion]) -> Completion:
+    logprobs = None if parts[0].logprobs is None else tuple(lp for c in parts for lp in c.logprobs or ())
+    return replace(
+        parts[-1],
+        text="".join(c.text for c in parts),
+        token_ids=tuple(i for c in parts for i in c.token_ids),
+        logprobs=logprobs,
+    )
+
+
+class _Bar:
+    """tqdm's bar with the two speeds people look for."""
+
+    def __init__(self, total: int, shown: bool):
+        self._bar = tqdm(total=total, desc="Processed prompts", disable=not shown, dynamic_ncols=True)
+        self._in = self._out = 0
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._bar.close()
+
+    def done(self, gathered: _Gathered) -> None:
+        self._in += len(gathered.request.prompt_token_ids)
+        self._out += gathered.tokens
+        seconds = self._bar.format_dict["elapsed"] or 1e-9
+        self._bar.set_postfix_str(
+            f"est. speed input: {self._in / seconds:.2f} toks/s, output: {self._out / seconds:.2f} toks/s", refresh=False
+        )
+        self._bar.update(1)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    prompts = list(prompts)
+    return [prompts] if prompts and isinstance(prompts[0], int) else prompts  # type: ignore[list-item]

@@ -1,0 +1,210 @@
+"""From what was asked (EngineConfig) to what will be done (Plan): lengths, pages, rows and the shapes to compile.
+
+A Plan is made once, before anything is loaded, logged once, and never changes. It knows numbers only; which devices
+there are and how much memory they have comes in as `Machine`.
+"""
+
+import math
+from dataclasses import dataclass
+
+from converters.model_config import ModelConfig
+from jaxllm.config import EngineConfig
+from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, ConfigError
+
+GIB = 2**30
+PAGE_SIZE = 64  # measured best with the Mosaic kernels; whole pages are what prompts share
+CPU_CACHE_BYTES = 1 * GIB  # what the KV cache may take on a CPU, where there is no device memory to divide
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A step's compiled shape: `rows` row lanes and, after them, `chunk` lanes for prompt tokens.
+
+    A scored bucket also returns the log-probability of every prompt token that runs in its chunk lanes.
+    """
+
+    chunk: int
+    rows: int
+    scored: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.rows + self.chunk
+
+
+@dataclass(frozen=True)
+class Machine:
+    """`memory` is what jaxllm may take on each device, in bytes; None on a CPU."""
+
+    platform: str
+    kind: str
+    count: int
+    memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be done. `num_pages` counts the pages a sequence may hold; the trash page comes on top."""
+
+    dtype: str
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    max_num_seqs: int
+    mixed_chunk: int  # prompt tokens beside running decodes, so that nobody waits long for a token
+    buckets: tuple[Bucket, ...]
+    scored: Bucket
+    enable_prefix_caching: bool
+    max_logprobs: int
+    tensor_parallel_size: int
+
+    @property
+    def max_pages(self) -> int:
+        """Pages of one sequence at most."""
+        return -(-self.max_model_len // self.page_size)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the cache holds."""
+        return self.num_pages * self.page_size
+
+    def bucket(self, rows: int, chunk: int) -> Bucket:
+        """The smallest compiled shape that holds so much."""
+        return min(b for b in self.buckets if b.rows >= rows and b.chunk >= chunk)
+
+    def fill(self, decodes: int) -> Bucket:
+        """The shape that prompt chunks may fill beside `decodes` rows."""
+        if not decodes:
+            return max(self.buckets)
+        return max(b for b in self.buckets if b.chunk == self.mixed_chunk)
+
+    def __str__(self) -> str:
+        return (
+            f"{self.dtype}, {self.num_pages} pages of {self.page_size} tokens: maximum concurrency for "
+            f"{self.max_model_len:,} tokens per request: {self.capacity / self.max_model_len:.2f}x; "
+            f"at most {self.max_num_seqs} rows and {max(self.buckets).chunk} prompt tokens a step, "
+            f"{len(self.buckets) + 1} shapes"
+        )
+
+
+def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, machine: Machine, weight_bytes: int) -> Plan:
+    """`weight_bytes` is what the weights take on each device. Raises ConfigError if the model does not fit the machine."""
+    if machine.count < config.tensor_parallel_size:
+        raise ConfigError(
+            f"--tensor-parallel-size {config.tensor_parallel_size} wants as many devices, but this machine shows {machine.count}; "
+            "lower it, or show more devices (CUDA_VISIBLE_DEVICES)"
+        )
+    dtype = choose_dtype(config.dtype, checkpoint_dtype)
+    page_size = config.block_size or PAGE_SIZE
+    rows = config.max_num_seqs or _default_rows(machine)
+    longest = config.max_model_len or model.max_position
+    if longest > model.max_position:
+        raise ConfigError(
+            f"--max-model-len {longest} is more than the {model.max_position} positions this model was made for; "
+            "lower it, or raise max_position_embeddings by --hf-overrides"
+        )
+    wanted = model.max_position if longest < 0 else longest
+    chunks = _chunks(config, machine, wanted)
+    page_bytes = kv_page_bytes(model, page_size, dtype, config.tensor_parallel_size)
+    scored = Bucket(min(chunks), 8 if rows >= 8 else rows, scored=True)
+    step_bytes = _step_bytes(model, rows, max(chunks), dtype, config.tensor_parallel_size) + _state_bytes(
+        model, rows, -(-wanted // page_size)
+    )
+    pages = config.num_gpu_blocks_override or _num_pages(machine, rows, wanted, page_size, page_bytes, weight_bytes + step_bytes)
+    if pages * page_size < wanted:
+        if config.max_model_len is None or longest > 0:
+            raise ConfigError(
+                f"one request of {wanted} tokens needs {-(-wanted // page_size)} pages of {page_size} tokens "
+                f"({-(-wanted // page_size) * page_bytes / GIB:.2f} GiB), but after weights ({weight_bytes / GIB:.2f} GiB) and step "
+                f"({step_bytes / GIB:.2f} GiB) there is room for {max(pages, 0)}; lower --max-model-len, use --max-model-len auto, "
+                "raise --gpu-memory-utilization or --tensor-parallel-size"
+            )
+        wanted = pages * page_size
+        if wanted <= 0:
+            raise ConfigError(f"the weights take {weight_bytes / GIB:.2f} GiB and leave no room for a single page")
+    return Plan(
+        dtype=dtype,
+        max_model_len=wanted,
+        page_size=page_size,
+        num_pages=pages,
+        max_num_seqs=rows,
+        mixed_chunk=sorted(chunks)[-2:][0],
+        buckets=_buckets(rows, chunks, config.enforce_eager, machine),
+        scored=scored,
+        enable_prefix_caching=config.enable_prefix_caching,
+        max_logprobs=config.max_logprobs,
+        tensor_parallel_size=config.tensor_parallel_size,
+    )
+
+
+def choose_dtype(asked: str, checkpoint: str) -> str:
+    names = {"half": "float16", "float": "float32", "auto": checkpoint}
+    dtype = names.get(asked, asked)
+    if dtype not in ("float16", "bfloat16", "float32"):
+        raise ConfigError(f"dtype {dtype!r} is not supported; choose one of auto, half, float16, bfloat16, float, float32")
+    return dtype
+
+
+def dtype_bytes(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
+def kv_page_bytes(model: ModelConfig, page_size: int, dtype: str, tp: int) -> int:
+    """Bytes a page takes on each device, K and V of all layers."""
+    return 2 * len(model.layers) * model.num_kv_heads // tp * page_size * model.head_dim * dtype_bytes(dtype)
+
+
+def _default_rows(machine: Machine) -> int:
+    if machine.memory is None:
+        return 32
+    return 1024 if machine.memory > 60 * GIB else 256
+
+
+def _chunks(config: EngineConfig, machine: Machine, longest: int) -> list[int]:
+    """Sizes of the prompt chunks, smallest first: small ones for short prompts, the largest for when nobody decodes."""
+    most = config.max_num_batched_tokens or (8192 if machine.memory is not None else 512)
+    sizes = (256, 2048, 8192) if machine.memory is not None else (64, 512)
+    chunks = sorted({min(s, most) for s in sizes} | {most})
+    return chunks[-1:] if config.enforce_eager else chunks
+
+
+def _buckets(rows: int, chunks: list[int], eager: bool, machine: Machine) -> tuple[Bucket, ...]:
+    """Decode shapes in powers of two, and each chunk size with few and with all rows."""
+    if eager:
+        return tuple(sorted({Bucket(0, rows), Bucket(chunks[-1], rows)}))
+    steps = [1, 8, 16, 32, 64, 128, 256, 512, 1024] if machine.memory is not None else [1, 8, 32]
+    decode = {Bucket(0, r) for r in steps if r < rows} | {Bucket(0, rows)}
+    mixed = {Bucket(chunks[0], min(8, rows)), Bucket(chunks[-1], min(64, rows))}
+    mixed |= {Bucket(sorted(chunks)[-2:][0], r) for r in {min(64, rows), min(256, rows), rows}}
+    return tuple(sorted(decode | mixed))
+
+
+def _num_pages(machine: Machine, rows: int, longest: int, page_size: int, page_bytes: int, taken: int) -> int:
+    if machine.memory is not None:
+        return (machine.memory - taken) // page_bytes - 1
+    return min(rows * -(-longest // page_size), max(CPU_CACHE_BYTES // page_bytes, 1))
+
+
+def _step_bytes(model: ModelConfig, rows: int, chunk: int, dtype: str, tp: int) -> int:
+    """A generous bound on what the largest step needs beside weights and cache; the warm-up run proves it."""
+    heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+    d_ff = max([model.d_ff] + [layer.experts.d_ff * 4 for layer in model.layers if layer.experts])
+    lanes = (rows + chunk) * (8 * model.d_model + 4 * heads // tp + 4 * d_ff // tp) * dtype_bytes(dtype)
+    logits = 4 * rows * model.vocab_size * 4  # two steps in flight, and sampling beside them
+    return 2 * lanes + logits + GIB // 2
+
+
+def _state_bytes(model: ModelConfig, rows: int, max_pages: int) -> int:
+    return (rows + 1) * (3 * model.vocab_size + 4 * (max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
+
+
+def parse_length(text: str) -> int:
+    """A number of tokens as people write it: 4096, 8k (8,000), 8K (8,192), auto (-1)."""
+    if text == "auto":
+        return -1
+    units = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
+    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
+    value = float(number) * unit
+    if not math.isfinite(value) or value != int(value) or value < 1:
+        raise ValueError(f"{text!r} is not a number of tokens")
+    return int(value)

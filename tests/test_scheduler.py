@@ -1,0 +1,240 @@
+"""Pages and scheduling against the token oracle: whatever arrives, leaves or is preempted, every answer is the one it would be alone."""
+
+import pytest
+from fake_runner import FakeRunner, expected
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from jaxllm.core import Core
+from jaxllm.pages import OutOfPages, PagePool, chain
+from jaxllm.plan import Bucket, Plan
+from jaxllm.request import Request, RequestError, SamplingParams
+
+VOCAB, EOS = 50, frozenset({7})
+
+
+def make_plan(pages=12, rows=4, page_size=4, longest=40, chunk=8, mixed=4, prefix=True) -> Plan:
+    buckets = {Bucket(0, r) for r in (1, 2, rows)} | {Bucket(c, r) for c in (mixed, chunk) for r in (1, rows)}
+    return Plan(
+        dtype="float32",
+        max_model_len=longest,
+        page_size=page_size,
+        num_pages=pages,
+        max_num_seqs=rows,
+        mixed_chunk=mixed,
+        buckets=tuple(sorted(buckets)),
+        scored=Bucket(mixed, 1, scored=True),
+        enable_prefix_caching=prefix,
+        max_logprobs=5,
+        tensor_parallel_size=1,
+    )
+
+
+def make_core(plan: Plan) -> Core:
+    return Core(FakeRunner(plan.page_size, VOCAB), plan, VOCAB, EOS, tokenizer=None)
+
+
+def request(name: str, prompt, **params) -> Request:
+    return Request(name, tuple(prompt), SamplingParams(temperature=0, **params))
+
+
+class Listener:
+    def __init__(self, n: int = 1):
+        self.tokens: list[list[int]] = [[] for _ in range(n)]
+        self.reasons: list[str | None] = [None] * n
+        self.finished = 0
+        self.prompt_logprobs: list = []
+
+    def __call__(self, output):
+        for c in output.outputs:
+            assert self.reasons[c.index] is None, "a sequence spoke after its end"
+            self.tokens[c.index] += c.token_ids
+            self.reasons[c.index] = c.finish_reason
+        self.finished += output.finished
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs.append(output.prompt_logprobs)
+
+
+def run_dry(core: Core, turns: int = 5000) -> None:
+    for _ in range(turns):
+        if not core.turn():
+            return
+    raise AssertionError(f"still busy after {turns} turns: {core.stats()}")
+
+
+class AnyOrder(RuleBasedStateMachine):
+    """Adds, aborts and turns in any order, on a cache far too small for what is asked."""
+
+    @initialize(
+        pages=st.integers(10, 16), rows=st.integers(2, 5), size=st.sampled_from([1, 4, 5]), mixed=st.integers(1, 6), prefix=st.booleans()
+    )
+    def start(self, pages, rows, size, mixed, prefix):
+        self.plan = make_plan(pages=pages, rows=rows, page_size=size, longest=min(40, pages * size), chunk=8, mixed=mixed, prefix=prefix)
+        self.core = make_core(self.plan)
+        self.asked: dict[str, tuple[Request, Listener]] = {}
+
+    @rule(
+        start=st.integers(0, 3),
+        length=st.integers(1, 30),
+        answer=st.integers(1, 25),
+        n=st.sampled_from([1, 1, 1, 2, 3]),
+        ignore_eos=st.booleans(),
+        scored=st.sampled_from([None, None, None, 1]),
+    )
+    def add(self, start, length, answer, n, ignore_eos, scored):
+        prompt = [(start + i) % VOCAB for i in range(min(length, self.plan.max_model_len - 1))]  # few beginnings: many shared pages
+        name = f"r{len(self.asked)}"
+        listener = Listener(n)
+        asked = request(name, prompt, max_tokens=answer, n=n, ignore_eos=ignore_eos, prompt_logprobs=scored)
+        self.core.add(asked, listener)
+        self.asked[name] = asked, listener
+
+    @rule(which=st.integers(0, 100))
+    def abort(self, which):
+        if self.asked:
+            self.core.abort(list(self.asked)[which % len(self.asked)])
+
+    @rule(turns=st.integers(1, 6))
+    def turn(self, turns):
+        for _ in range(turns):
+            self.core.turn()
+
+    @invariant()
+    def every_page_is_somewhere(self):
+        if hasattr(self, "core"):
+            s = self.core.stats()
+            assert s.free + s.cached + s.held == s.pages
+
+    def teardown(self):
+        if not hasattr(self, "core"):
+            return
+        run_dry(self.core)
+        for asked, listener in self.asked.values():
+            stop_ids = frozenset() if asked.params.ignore_eos else EOS
+            limit = min(self.plan.max_model_len, len(asked.prompt_token_ids) + asked.params.max_tokens)
+            alone = expected(asked.prompt_token_ids, limit, VOCAB, stop_ids)
+            assert listener.finished == 1
+            for tokens, reason in zip(listener.tokens, listener.reasons, strict=True):
+                if reason == "abort":
+                    assert tokens == alone[: len(tokens)]
+                else:
+                    assert tokens == alone
+                    assert reason == ("stop" if alone[-1] in stop_ids else "length")
+            if asked.params.prompt_logprobs is not None and "abort" not in listener.reasons:
+                (given,) = listener.prompt_logprobs
+                assert [lp is None for lp in given] == [True] + [False] * (len(asked.prompt_token_ids) - 1)
+        s = self.core.stats()
+        assert (s.running, s.waiting, s.held) == (0, 0, 0)
+        assert s.free + s.cached == s.pages
+
+
+TestAnyOrder = AnyOrder.TestCase
+TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def test_a_page_that_is_taken_twice_is_caught_by_the_oracle():
+    """The oracle can fail: a pool that hands out a held page breaks a row's history."""
+    core = make_core(make_plan(pages=10, rows=4))
+    core._scheduler.pool.take = lambda count: list(range(1, count + 1))
+    for i in range(3):
+        core.add(request(f"r{i}", [i] * 9, max_tokens=10, ignore_eos=True), Listener())
+    with pytest.raises(AssertionError, match="does not follow"):
+        run_dry(core)
+
+
+def test_preemption_happens_and_changes_nothing():
+    core = make_core(make_plan(pages=10, rows=4, prefix=False))
+    listeners = [Listener() for _ in range(4)]
+    for i, listener in enumerate(listeners):
+        core.add(request(f"r{i}", [i, 1, 2], max_tokens=30, ignore_eos=True), listener)
+    run_dry(core)
+    assert core.stats().preemptions > 0
+    for i, listener in enumerate(listeners):
+        assert listener.tokens[0] == expected((i, 1, 2), 33, VOCAB)
+
+
+def test_a_shared_prefix_is_computed_once():
+    core = make_core(make_plan(pages=12, rows=4))
+    first, second = Listener(), Listener()
+    core.add(request("a", range(17), max_tokens=2, ignore_eos=True), first)
+    run_dry(core)
+    core.add(request("b", range(17), max_tokens=2, ignore_eos=True), second)
+    run_dry(core)
+    assert core.stats().cached_tokens == 16
+    assert first.tokens == second.tokens
+
+
+def test_requests_in_one_step_share_what_that_step_writes():
+    core = make_core(make_plan(pages=12, rows=4, chunk=32))
+    for name in "ab":
+        core.add(request(name, range(17), max_tokens=2, ignore_eos=True), Listener())
+    core.turn()
+    assert core.stats().held == 6  # four shared pages, and one each for the last token
+    run_dry(core)
+
+
+def test_aborting_at_any_moment_gives_everything_back():
+    for turns in range(12):
+        core = make_core(make_plan())
+        listener = Listener(2)
+        core.add(request("a", range(20), max_tokens=15, n=2, ignore_eos=True), listener)
+        for _ in range(turns):
+            core.turn()
+        core.abort("a")
+        core.abort("a")
+        run_dry(core)
+        assert core.stats().held == 0
+        assert listener.finished == 1
+        assert listener.reasons == ["abort", "abort"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([], {}, "the prompt is empty"),
+        (range(40), {}, "maximum context length is 40 tokens. However, your prompt contains 40 input tokens"),
+        ([VOCAB], {}, "prompt holds token id 50, but the vocabulary has ids 0 to 49"),
+        ([1], {"logit_bias": {99: 1.0}}, "logit_bias holds token id 99"),
+        ([1], {"stop_token_ids": [-1]}, "stop_token_ids holds token id -1"),
+        ([1], {"logprobs": 6}, "logprobs is 6, but this server gives at most 5"),
+        ([1], {"stop": "x"}, "stop strings need a tokenizer"),
+    ],
+)
+def test_what_can_never_be_served_is_refused(prompt, params, message):
+    with pytest.raises(RequestError, match=message.replace("(", r"\(")):
+        make_core(make_plan()).add(request("a", [i % 60 for i in prompt], **params), Listener())
+
+
+def test_the_same_id_twice_is_refused():
+    core = make_core(make_plan())
+    core.add(request("a", [1]), Listener())
+    with pytest.raises(RequestError, match="'a' is already running"):
+        core.add(request("a", [1]), Listener())
+
+
+def test_pool_takes_all_or_nothing():
+    pool = PagePool(3)
+    pages = pool.take(2)
+    with pytest.raises(OutOfPages, match="2 pages wanted, 1 of 3 available"):
+        pool.take(2)
+    assert (pool.free, pool.held) == (1, 2)
+    pool.release(pages)
+    assert sorted(pool.take(3)) == [1, 2, 3]
+
+
+def test_pool_evicts_the_oldest_and_leaves_of_a_chain_first():
+    pool = PagePool(3)
+    names = chain(range(12), 4)
+    pages = pool.take(3)
+    for page, name in zip(pages, names, strict=True):
+        pool.publish(page, name)
+    pool.release(pages)
+    assert (pool.free, pool.cached, pool.held) == (0, 3, 0)
+    assert pool.take(1) == [pages[2]]
+    assert pool.share(names) == pages[:2]
+
+
+def test_digests_depend_on_everything_before_them():
+    assert chain([1, 2, 3, 4], 2)[1] != chain([9, 2, 3, 4], 2)[1]
+    assert chain([1, 2, 3, 4, 5], 2) == chain([1, 2, 3, 4], 2)
