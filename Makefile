@@ -13,8 +13,10 @@ PYTHON ?= $(shell for p in $(PYTHONS) $$(uv python find '>=3.12' 2>/dev/null); d
 	"$$p" -c '$(USABLE)' 2>/dev/null && { echo "$$p"; break; }; done)
 
 # The NVIDIA driver decides: CUDA 13 needs driver 580 or newer. No driver: jax's own CPU build. `make serve CUDA=` forces the CPU.
-CUDA ?= $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | \
+ifeq ($(origin CUDA), undefined)
+CUDA := $(shell nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | \
 	awk -F. 'NR == 1 && /^[0-9]/ {print ($$1 >= 580) ? "cuda13" : "cuda12"}')
+endif
 
 comma := ,
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable
