@@ -1,0 +1,164 @@
+"""What a step's rows are, and the work lists that every attention call of the step shares.
+
+`Rows` is what the caller knows: page tables, lengths, and which row owns which chunk lanes. `Work` is what a kernel wants to know: which
+worker reads which KV blocks, which tile holds which query tokens. It is computed on the device, once a step for all layers that have the
+same window, so that no layer pays for it and the host never waits.
+
+M rows, P pages of a row's table, T chunk lanes, N = M + T query tokens, K kv heads, W workers. A KV block is the run of consecutive
+tokens of one row that a kernel takes in one turn of its loop. All integers are int32.
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+pytree = partial(jax.tree_util.register_dataclass)
+INT_MAX = jnp.iinfo(jnp.int32).max
+
+
+def static(**kwargs):
+    """A field that is part of the tree's structure: a different value is a different compiled program."""
+    return field(metadata={"static": True}, **kwargs)
+
+
+@pytree
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one step.
+
+    table_MP: the pages of each row in order; entries past a row's length are never used.
+    length_M: tokens of each row whose K and V are in pages after this step's write; 0 is an empty row.
+    chunk_start_M, chunk_len_M: row i with chunk_len > 0 owns the chunk lanes [chunk_start, chunk_start + chunk_len), at positions
+        length - chunk_len .. length - 1, and its decode lane is empty. With chunk_len 0 and length > 0 it decodes in lane i, at
+        position length - 1.
+    """
+
+    table_MP: Array
+    length_M: Array
+    chunk_start_M: Array
+    chunk_len_M: Array
+
+
+@pytree
+@dataclass(frozen=True)
+class Lanes:
+    """Each query token's row and position in it; position -1 is a lane that no row owns."""
+
+    row_N: Array
+    position_N: Array
+
+
+@pytree
+@dataclass(frozen=True)
+class Shares:
+    """The decode work list: the flat list of (row, kv head, KV block), cut into W shares of equal length.
+
+    first_M: a row's first KV block inside the window. count_M: its KV blocks from there on, 0 if it does not decode.
+    start_M1: where in the flat list a row's kv_heads * count entries start; the last entry is the length of the list.
+    next_M: the next row that decodes. bound_W1: worker w takes the entries [bound[w], bound[w + 1]). row_W: the row of its first one.
+    """
+
+    first_M: Array
+    count_M: Array
+    start_M1: Array
+    next_M: Array
+    bound_W1: Array
+    row_W: Array
+
+
+@pytree
+@dataclass(frozen=True)
+class Tiles:
+    """The prefill work list: tile i holds the chunk tokens [begin, begin + size) of the chunk lanes, all of one row.
+
+    position_I: the position of a tile's first token. size_I: its tokens, 0 for the unused tiles, which come last. The longest come first.
+    """
+
+    row_I: Array
+    begin_I: Array
+    size_I: Array
+    position_I: Array
+
+
+@pytree
+@dataclass(frozen=True)
+class Work:
+    """What `plan_work` found out, and for which call: `paged_attention` refuses another shape, window or implementation."""
+
+    lanes: Lanes | None
+    shares: Shares | None
+    tiles: Tiles | None
+    implementation: str = static()
+    page_size: int = static()
+    kv_heads: int = static()
+    group: int = static()
+    head_dim: int = static()
+    dtype: str = static()
+    window: int | None = static()
+    chunk: int = static()
+    interpret: bool = static()
+
+
+def lanes(rows: Rows, chunk: int) -> Lanes:
+    """The row and position of every query token of a step with `chunk` chunk lanes."""
+    count = rows.length_M.shape[0]
+    decodes_M = (rows.length_M > 0) & (rows.chunk_len_M == 0)
+    lane_T = jnp.arange(chunk, dtype=jnp.int32)
+    offset_MT = lane_T - rows.chunk_start_M[:, None]
+    inside_MT = (offset_MT >= 0) & (offset_MT < rows.chunk_len_M[:, None])
+    row_T = jnp.argmax(inside_MT, axis=0).astype(jnp.int32)
+    position_MT = (rows.length_M - rows.chunk_len_M)[:, None] + offset_MT
+    position_T = jnp.max(jnp.where(inside_MT, position_MT, -1), axis=0, initial=-1)
+    return Lanes(
+        row_N=jnp.concatenate([jnp.arange(count, dtype=jnp.int32), row_T]),
+        position_N=jnp.concatenate([jnp.where(decodes_M, rows.length_M - 1, -1), position_T]).astype(jnp.int32),
+    )
+
+
+def shares(rows: Rows, *, kv_heads: int, kv_block: int, window: int | None, workers: int) -> Shares:
+    """Cut the decode rows' KV blocks into `workers` shares whose lengths differ by one at most."""
+    count = rows.length_M.shape[0]
+    decodes_M = (rows.length_M > 0) & (rows.chunk_len_M == 0)
+    first_M = jnp.zeros_like(rows.length_M) if window is None else jnp.maximum(rows.length_M - window, 0) // kv_block
+    count_M = jnp.where(decodes_M, -(-rows.length_M // kv_block) - first_M, 0)
+    start_M1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_M * kv_heads).astype(jnp.int32)])
+    worker_W1 = jnp.arange(workers + 1, dtype=jnp.int32)
+    size, longer = start_M1[-1] // workers, start_M1[-1] % workers  # not worker * total / workers: that overflows int32
+    bound_W1 = worker_W1 * size + jnp.minimum(worker_W1, longer)
+    row_M = jnp.arange(count, dtype=jnp.int32)
+    later_MM = (row_M[None, :] > row_M[:, None]) & decodes_M[None, :]
+    return Shares(
+        first_M=first_M,
+        count_M=count_M,
+        start_M1=start_M1,
+        next_M=jnp.min(jnp.where(later_MM, row_M[None, :], count - 1), axis=1),
+        bound_W1=bound_W1,
+        row_W=jnp.minimum(_entry(start_M1, bound_W1[:-1]), count - 1),
+    )
+
+
+def tiles(rows: Rows, *, chunk: int, tile: int) -> Tiles:
+    """Cut each row's chunk into tiles of `tile` tokens: at most ceil(chunk / tile) + M of them, the longest contexts first."""
+    count_M = -(-rows.chunk_len_M // tile)
+    start_M1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_M).astype(jnp.int32)])
+    index_I = jnp.arange(min(-(-chunk // tile) + rows.length_M.shape[0], chunk), dtype=jnp.int32)
+    row_I = jnp.minimum(_entry(start_M1, index_I), rows.length_M.shape[0] - 1)
+    offset_I = (index_I - start_M1[row_I]) * tile
+    length_I, chunk_len_I = rows.length_M[row_I], rows.chunk_len_M[row_I]
+    size_I = jnp.where(index_I < start_M1[-1], jnp.minimum(chunk_len_I - offset_I, tile), 0)
+    position_I = length_I - chunk_len_I + offset_I
+    order_I = jnp.argsort(jnp.where(size_I > 0, -position_I, INT_MAX))
+    return Tiles(
+        row_I=row_I[order_I],
+        begin_I=(rows.chunk_start_M[row_I] + offset_I)[order_I],
+        size_I=size_I[order_I],
+        position_I=position_I[order_I],
+    )
+
+
+def _entry(start_M1: Array, index: Array) -> Array:
+    """The row whose run of the flat list holds each index: the last one that starts at or before it and is not empty."""
+    return jnp.sum(start_M1[1:, None] <= index[None, :], axis=0, dtype=jnp.int32)

@@ -1,0 +1,138 @@
+"""The offline bench over a pretended engine whose clock is known, so that what it reports can be worked out by hand."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from bench import offline, workloads
+from jaxllm import SamplingParams
+
+
+class FakeLLM:
+    """Answers at once and advances a clock by 1 s a call, 2 ms a step (the longest output's), 1 µs a prompt token."""
+
+    def __init__(self, **options):
+        self.options = options
+        self.calls: list[tuple[list[list[int]], list[SamplingParams]]] = []
+        self.now = 0.0
+        self.short = 0  # tokens that the last answer lacks
+
+    def generate(self, prompts, params, *, use_tqdm):
+        assert not use_tqdm
+        self.calls.append((prompts, params))
+        outputs = [p.max_tokens for p in params]
+        self.now += 1 + 2e-3 * max(outputs) + 1e-6 * sum(map(len, prompts))
+        outputs[-1] -= self.short
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=(0,) * n)]) for n in outputs]
+
+
+@pytest.fixture
+def llm(monkeypatch):
+    fake = FakeLLM()
+    monkeypatch.setattr(offline.time, "perf_counter", lambda: fake.now)
+    return fake
+
+
+def bench(llm, device="NVIDIA H200"):
+    config = workloads.SHAPES["llama-3.1-8b"]
+    return offline.Bench(llm, config=config, device=device, model="llama-3.1-8b", dtype="bfloat16", tp=1, repeats=3)
+
+
+def test_a_decode_step_is_the_difference_of_two_runs(llm):
+    row = bench(llm).decode(64)
+    assert row["value"] == pytest.approx(2.0)
+    assert row["limit"] == pytest.approx(4.68, abs=0.01) and row["anchor"] == 6.79
+    assert {key: row[key] for key in ("name", "unit", "model", "batch", "context", "dtype", "tp")} == {
+        "name": "decode_step_ms",
+        "unit": "ms",
+        "model": "llama-3.1-8b",
+        "batch": 64,
+        "context": "512-768",
+        "dtype": "bfloat16",
+        "tp": 1,
+    }
+    assert [len(prompts) for prompts, _ in llm.calls] == [64] * 6
+    assert {params[0].max_tokens for _, params in llm.calls} == {1, 257}
+
+
+def test_no_prompt_is_ever_sent_twice(llm):
+    bench(llm).decode(8)
+    prompts = [tuple(prompt) for prompts, _ in llm.calls for prompt in prompts]
+    assert len(set(prompts)) == len(prompts) and {len(p) for p in prompts} == {512}
+
+
+def test_prefill_counts_prompt_tokens(llm):
+    row = bench(llm).prefill(2048)
+    assert row["value"] == pytest.approx(16 * 2048 / (1 + 2e-3 + 16 * 2048e-6), rel=1e-3)
+    assert (row["batch"], row["context"], row["anchor"]) == (16, 2048, 42278)
+
+
+@pytest.mark.parametrize(("sampled", "name", "anchor", "temperature"), [(False, "mix_s", 20.1, 0.0), (True, "mix_sampled_s", 24.0, 0.7)])
+def test_mix_asks_for_the_published_lengths(llm, sampled, name, anchor, temperature):
+    row = bench(llm).mix(sampled=sampled)
+    assert (row["name"], row["anchor"], row["tokens"]) == (name, anchor, 298_901 + 209_177)
+    [(prompts, params)] = llm.calls
+    expected = workloads.mix_lengths()
+    assert [len(p) for p in prompts] == expected[0].tolist() and [p.max_tokens for p in params] == expected[1].tolist()
+    assert all(p.ignore_eos and p.temperature == temperature for p in params)
+
+
+def test_an_answer_that_stops_early_is_no_measurement(llm):
+    llm.short = 1
+    with pytest.raises(RuntimeError, match="1028 tokens were asked of 4 requests, but 1027 came from 4"):
+        bench(llm)._seconds([4] * 4, [257] * 4, offline.GREEDY)
+
+
+def test_a_line_shows_limit_and_vllm(llm):
+    line = offline.describe(bench(llm).decode(64))
+    assert "batch   64 context 512-768" in line and "2 ms" in line and "32,000 tok/s" in line
+    assert "limit 4.674 (234% of it)" in line and "vLLM 6.79 (3.40 times its speed)" in line
+    assert "limit" not in offline.describe(bench(llm, device="cpu").decode(64))
+    assert "(86% of it)" in offline.describe(
+        {"name": "prefill_tok_s", "unit": "tok/s", "value": 43000, "limit": 50000, "batch": 16, "context": 2048}
+    )
+
+
+def test_the_command_loads_a_shape_measures_and_keeps_rows(monkeypatch, tmp_path, capsys):
+    loaded = []
+
+    def load(**options):
+        config = json.loads((offline.Path(options["model"]) / "config.json").read_text())
+        loaded.append((options, config))
+        return FakeLLM(**options)
+
+    monkeypatch.setattr(offline, "LLM", load)
+    command = ["--model", "qwen2.5-0.5b", "--load-format", "dummy", "--batch", "1", "2", "--repeats", "1"]
+    offline.main([*command, "--set", "max_num_batched_tokens=2048", "block_size=32", "--results", str(tmp_path)])
+    [(options, config)] = loaded
+    assert config == workloads.SHAPES["qwen2.5-0.5b"]
+    assert not offline.Path(options.pop("model")).exists(), "the temporary folder is gone"
+    assert options == {
+        "max_model_len": 769,
+        "max_num_seqs": 2,
+        "enable_prefix_caching": False,
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "tensor_parallel_size": 1,
+        "max_num_batched_tokens": 2048,
+        "block_size": 32,
+    }
+    [path] = tmp_path.glob("offline-*.json")
+    assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [1, 2]
+    assert capsys.readouterr().out.count("decode_step_ms") == 2
+
+
+def test_room_is_made_for_the_longest_workload():
+    def asked(*args):
+        return offline.engine_options(offline.parser().parse_args(["--model", "m", *args]))
+
+    assert asked("--workload", "prefill")["max_model_len"] == 8193
+    assert asked("--workload", "prefill", "--prompt", "2048", "--set", "max_num_seqs=4")["max_num_seqs"] == 4
+    assert (asked("--workload", "mix")["max_model_len"], asked("--workload", "mix")["max_num_seqs"]) == (3072, 1024)
+    assert asked("--workload", "decode", "mix", "--batch", "2048")["max_num_seqs"] == 2048
+
+
+def test_an_unknown_model_is_refused_in_a_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"neither a folder with a config.json nor a shape; shapes: llama-3.1-8b"):
+        offline.main(["--model", str(tmp_path)])
