@@ -1,7 +1,8 @@
 """A Step of host ints as the one int32 array that a compiled step takes, and what the step reads out of it.
 
-What a step found out comes back as a StepResult. One packed numpy array goes into a jit in 7 µs; a pytree of eight costs 170 µs. `pack` and `unpack` are the only places
-that know its layout. M rows, T chunk lanes, N = M + T tokens, P pages of a row at most, S row slots.
+One packed numpy array goes into a jit in 7 µs; a pytree of eight costs 170 µs. `pack` and `unpack` are the only places
+that know its layout. What a step found out comes back as a StepResult.
+M rows, T chunk lanes, N = M + T tokens, P pages of a row at most, S row slots.
 """
 
 from dataclasses import dataclass
@@ -10,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from pallas_kernels.work import lanes
 
 from jaxllm.plan import Bucket, Plan
 from jaxllm.scheduler import Step
 from pallas_kernels import Rows
+from pallas_kernels.work import lanes
 
 _FIELDS = 7  # slot, length, chunk_start, chunk_len, token, samples, new_page
 

@@ -8,7 +8,7 @@ is dropped. Every sequence ends exactly once, in `_end`.
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 from jaxllm.batch import StepResult
@@ -49,8 +49,8 @@ class _Live:
     listener: Listener
     sequences: list[Sequence]
     texts: list[Detokenizer | None]
-    prompt_logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
-    left: int = 0
+    left: int
+    prompt_logprobs: dict[int, TokenLogprobs] | None  # by place in the prompt, until they are all there and told
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ class Stats:
     cached: int
     held: int
     preemptions: int
+    cached_tokens: int  # prompt tokens found in the cache
     prompt_tokens: int
-    cached_tokens: int
     generation_tokens: int
 
 
@@ -79,7 +79,7 @@ class Core:
         self._live: dict[str, _Live] = {}
         self._flight: tuple[Step, Handle] | None = None
         self._seeds = random.Random(seed)
-        self._counts = {"prompt_tokens": 0, "cached_tokens": 0, "generation_tokens": 0}
+        self._counts = {"prompt_tokens": 0, "generation_tokens": 0}
 
     # ------------------------------------------------------------------ the door
 
@@ -124,7 +124,7 @@ class Core:
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         sequences = [Sequence(request, i, seed + i, limit, stop_ids) for i in range(params.n)]
         texts = [self._tokenizer and Detokenizer(self._tokenizer, request.prompt_token_ids, params) for _ in sequences]
-        self._live[request.id] = _Live(request, listener, sequences, texts, left=params.n)
+        self._live[request.id] = _Live(request, listener, sequences, texts, params.n, None if params.prompt_logprobs is None else {})
         self._counts["prompt_tokens"] += len(request.prompt_token_ids)
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -147,7 +147,6 @@ class Core:
         step = self._scheduler.next()
         flight, self._flight = self._flight, None
         if step is not None:
-            self._counts["cached_tokens"] += sum(s.cached for s in step.admitted if s.length == s.prompt_len)
             self._flight = step, self._runner.run(step)
         if flight is not None:
             self._take(*flight)
@@ -208,10 +207,9 @@ class Core:
             request.prompt_token_ids,
             (completion,),
             finished=not live.left,
-            prompt_logprobs=self._whole_prompt_logprobs(live) if live.prompt_logprobs else None,
+            prompt_logprobs=self._whole_prompt_logprobs(live),
             num_cached_tokens=live.sequences[0].cached,
         )
-        live.prompt_logprobs = {}
         live.listener(output)
 
     def _logprobs(self, row: Row, i: int, result: StepResult) -> TokenLogprobs | None:
@@ -231,6 +229,8 @@ class Core:
 
     def _keep_prompt_logprobs(self, live: _Live, row: Row, result: StepResult) -> None:
         assert result.prompt is not None
+        if live.prompt_logprobs is None:
+            return
         chosen, rank, values, ids = result.prompt
         prompt, wanted = live.request.prompt_token_ids, live.request.params.prompt_logprobs or 0
         for lane in range(row.count):
@@ -238,9 +238,16 @@ class Core:
             if place < len(prompt):
                 live.prompt_logprobs[place] = self._top(prompt[place], chosen[lane], rank[lane], values[lane], ids[lane], wanted)
 
-    def _whole_prompt_logprobs(self, live: _Live) -> list[TokenLogprobs | None]:
-        return [live.prompt_logprobs.get(i) for i in range(len(live.request.prompt_token_ids))]
+    def _whole_prompt_logprobs(self, live: _Live) -> list[TokenLogprobs | None] | None:
+        """All of them, once; None before they are complete and afterwards."""
+        found, prompt = live.prompt_logprobs, live.request.prompt_token_ids
+        if found is None or len(found) < len(prompt) - 1:
+            return None
+        live.prompt_logprobs = None
+        return [found.get(i) for i in range(len(prompt))]
 
     def stats(self) -> Stats:
         s, pool = self._scheduler, self._scheduler.pool
-        return Stats(len(s.running), len(s.waiting), pool.size, pool.free, pool.cached, pool.held, s.preemptions, **self._counts)
+        return Stats(
+            len(s.running), len(s.waiting), pool.size, pool.free, pool.cached, pool.held, s.preemptions, s.cached_tokens, **self._counts
+        )

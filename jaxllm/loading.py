@@ -14,8 +14,10 @@ from typing import Any
 import jax
 from converters.checkpoint import Checkpoint, open_checkpoint, tensor_shapes
 from converters.hub import fetch
+from flax import nnx
 from jax.sharding import Mesh
 
+from converters.model_config import ModelConfig
 from jaxllm.cache import make_cache
 from jaxllm.config import EngineConfig
 from jaxllm.decoder import Decoder
@@ -24,8 +26,8 @@ from jaxllm.parallel import make_mesh
 from jaxllm.plan import Plan, choose_dtype, dtype_bytes, make_plan
 from jaxllm.request import ConfigError
 from jaxllm.runner import Runner
-from jaxllm.text import Tokenizer, has_tokenizer
-from jaxllm.weights import RandomWeights, Weights
+from jaxllm.text import Tokenizer
+from jaxllm.weights import RandomWeights, Weights, loading_bar
 from pallas_kernels import capability_of, implementation_for
 
 log = logging.getLogger("jaxllm")
@@ -66,7 +68,7 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
     if any(layer.experts for layer in model.layers):
         log.warning("mixture of experts: every expert runs for every token for now, so steps are slow")
     with phase("weights"), as_config_error():
-        decoder = Decoder(make_weights(config, checkpoint, mesh, plan.dtype), model)
+        decoder = load_decoder(config, checkpoint, model, mesh, plan.dtype)
     implementation = implementation_for(capability_of(devices[0]), head_dim=model.head_dim, dtype=plan.dtype, page_size=plan.page_size)
     with phase("KV cache"):
         runner = Runner(decoder, make_cache(plan, model, mesh), plan, mesh, implementation)
@@ -93,8 +95,8 @@ def load(path: str | Path, *, dtype: str = "auto", devices: list[jax.Device] | N
     config = EngineConfig(model=str(path), dtype=dtype)
     folder, checkpoint = open_model(config)
     mesh = make_mesh(devices or jax.devices()[:1])
-    weights = make_weights(config, checkpoint, mesh, choose_dtype(dtype, checkpoint.dtype))
-    return Decoder(weights, checkpoint.config), load_tokenizer(config, folder)
+    decoder = load_decoder(config, checkpoint, checkpoint.config, mesh, choose_dtype(dtype, checkpoint.dtype))
+    return decoder, load_tokenizer(config, folder)
 
 
 def refuse_remote_code(config: EngineConfig) -> None:
@@ -115,19 +117,26 @@ def open_model(config: EngineConfig) -> tuple[Path, Checkpoint]:
     return folder, open_checkpoint(folder, load_format=config.load_format, hf_overrides=config.hf_overrides)
 
 
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
 def load_tokenizer(config: EngineConfig, folder: Path) -> Tokenizer | None:
     """The model's tokenizer, or the one that was named. None for random weights without one: such an engine takes token ids only."""
     if config.tokenizer is not None:
         folder = fetch(config.tokenizer, revision=None, download_dir=config.download_dir, weights=False)
-    elif config.load_format == "dummy" and not has_tokenizer(folder):
+    elif config.load_format == "dummy" and not any((folder / name).is_file() for name in _TOKENIZERS):
         return None
     return Tokenizer.load(folder, chat_template=config.chat_template)
 
 
-def make_weights(config: EngineConfig, checkpoint: Checkpoint, mesh: Mesh, dtype: str) -> Weights | RandomWeights:
+def load_decoder(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, mesh: Mesh, dtype: str) -> Decoder:
+    """The network with its weights on the devices, or with random ones. `model` is the checkpoint's config, its context chosen."""
     if config.load_format == "dummy":
-        return RandomWeights(tensor_shapes(checkpoint.config), mesh, dtype, config.seed)
-    return Weights(checkpoint.tensors, mesh, dtype)
+        return Decoder(RandomWeights(tensor_shapes(model), mesh, dtype, config.seed, norm_bias=model.norm_bias), model)
+    with loading_bar(checkpoint.tensors) as progress:
+        decoder = Decoder(Weights(checkpoint.tensors, mesh, dtype, progress), model)
+        jax.block_until_ready(nnx.state(decoder))
+    return decoder
 
 
 def _weight_bytes(config: EngineConfig, checkpoint: Checkpoint) -> int:

@@ -26,7 +26,7 @@ from jaxllm import sample, scheduler
 from jaxllm.batch import StepResult, pack, packed_size, unpack
 from jaxllm.cache import PAGE_AXES, Cache
 from jaxllm.decoder import Decoder
-from jaxllm.parallel import sharding, spec
+from jaxllm.parallel import sharding
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, SamplingParams
 from jaxllm.scheduler import Step
@@ -66,9 +66,10 @@ class PagedContext:
             k_pages, v_pages = write_kv(k_pages, v_pages, k, v, slots)
             return paged_attention(q, k_pages, v_pages, rows, work, scale=scale, window=window, softcap=softcap), (k_pages, v_pages)
 
-        heads, pages = spec((None, "heads", None)), spec(PAGE_AXES)
         if self.mesh.size > 1:  # kernels see their own heads only
-            specs = (heads, spec((None, "kv", None)), spec((None, "kv", None)), pages, pages, spec(()), spec(()), spec(()))
+            axes = (None, "heads", None), (None, "kv", None), PAGE_AXES, ()
+            heads, kv_heads, pages, whole = (sharding(self.mesh, a).spec for a in axes)
+            specs = (heads, kv_heads, kv_heads, pages, pages, whole, whole, whole)
             local = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(heads, (pages, pages)), check_vma=False)
         return local(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
 
@@ -94,7 +95,7 @@ def needs_edits(params: SamplingParams) -> bool:
 
 class Runner:
     def __init__(self, decoder: Decoder, cache: Cache, plan: Plan, mesh: Mesh, implementation: str):
-        self.plan, self.model = plan, decoder.config
+        self.plan, self.model = plan, decoder.c
         self._mesh, self._implementation = mesh, implementation
         self._graph, state = nnx.split(decoder)
         leaves, self._tree = jax.tree.flatten(state)

@@ -80,6 +80,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.preemptions = 0
+        self.cached_tokens = 0
         self._slots = list(range(plan.max_num_seqs - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
@@ -180,6 +181,7 @@ class Scheduler:
         sequence.computed = len(shared) * size
         if sequence.length == sequence.prompt_len:
             sequence.cached = sequence.computed
+            self.cached_tokens += sequence.computed
         sequence.slot = self._slots.pop()
         self.running.append(sequence)
         return True
