@@ -1,9 +1,9 @@
 """What a caller asks and what comes back: SamplingParams, Request, Output, and the error tree. Plain dataclasses, no JAX.
 
-    JaxllmError
-    ├── ConfigError        the options, the checkpoint or the machine do not fit together: fatal at start
-    ├── RequestError       this request can never be served as asked: a 400
-    └── EngineDeadError    the engine stopped; nothing will be answered any more: a 503
+JaxllmError
+├── ConfigError        the options, the checkpoint or the machine do not fit together: fatal at start
+├── RequestError       this request can never be served as asked: a 400
+└── EngineDeadError    the engine stopped; nothing will be answered any more: a 503
 """
 
 import math
