@@ -1,0 +1,55 @@
+"""A model's config.json as a family reads it: every key that is read is remembered, and a key that nobody read is refused.
+
+A key we ignore is a network we get wrong without noticing. What only matters in training, in bookkeeping or to another
+program is in HARMLESS; a key there is a promise that it cannot change a logit.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+HARMLESS = frozenset(
+    # training
+    "activation_dropout attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout init_std initializer_range "
+    "layerdrop pretraining_tp resid_pdrop output_router_logits router_aux_loss_coef router_jitter_noise "
+    # bookkeeping
+    "_commit_hash _name_or_path architectures auto_map model_type transformers_version use_cache cache_implementation prefix "
+    "bos_token_id eos_token_id pad_token_id dtype torch_dtype _attn_implementation _attn_implementation_autoset is_decoder "
+    "id2label label2id num_labels return_dict problem_type task_specific_params tokenizer_class unsloth_fixed unsloth_version "
+    "chunk_size_feed_forward output_attentions output_hidden_states keys_to_ignore_at_inference "
+    # read through another key: layer_types says the same
+    "_sliding_window_pattern".split()
+)
+
+
+class Read(dict):
+    """A config that remembers which of its keys were read. A key that must be there and is not is a ValueError."""
+
+    def __init__(self, config: Mapping[str, Any], what: str):
+        super().__init__(config)
+        self.what = what
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        if key not in self.keys():
+            raise ValueError(f"{self.what} has no {key!r}, which this model needs")
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_read.add(key)
+        return super().get(key, default)
+
+    def refuse_unread(self, ours: Iterable[str], harmless: frozenset[str] = frozenset()) -> None:
+        """Raises ValueError for those of the keys `ours` that are set (not None, False, 0 or empty), unread, and not harmless."""
+        unread = {key: value for key in ours if (value := super(Read, self).get(key)) and key not in self.keys_read | harmless}
+        if unread:
+            raise ValueError(f"{self.what} sets {unread}, which we do not support; what we left unread could change the answers")
+
+
+def merge(config: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """`config` with `overrides` laid over it; where both hold a dict the two are merged."""
+    merged = dict(config)
+    for key, value in overrides.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = merge(merged[key], value) if both else value
+    return merged

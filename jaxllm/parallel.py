@@ -1,0 +1,55 @@
+"""Meshes, and the one table that says which logical axis of an array lies on which axis of the mesh.
+
+Everywhere else a shape is written with its logical axes ("heads", "kv", "mlp", "vocab", None); mesh names appear here only.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from converters.model_config import ModelConfig
+from jaxllm.request import ConfigError
+
+Axes = tuple[str | None, ...]
+
+RULES: dict[str | None, str | None] = {"heads": "tp", "kv": "tp", "mlp": "tp", "vocab": "tp", None: None}
+
+
+def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
+    """One axis over `devices`. Auto: the compiler places what we do not, and no operation needs to name a sharding."""
+    return Mesh(np.array(devices), ("tp",), axis_types=(AxisType.Auto,))
+
+
+def shards(mesh: Mesh, axis: str | None) -> int:
+    """In how many parts `mesh` cuts the logical axis."""
+    name = RULES[axis]
+    return 1 if name is None else mesh.shape[name]
+
+
+def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...] | None = None) -> NamedSharding:
+    """Where an array of these logical axes lives. With a shape, a vocabulary that the devices do not divide is replicated.
+
+    Raises ConfigError if any other axis of `shape` is not divided evenly.
+    """
+    if shape is not None:
+        axes = tuple(_divided(mesh, axis, size, shape) for axis, size in zip(axes, shape, strict=True))
+    return NamedSharding(mesh, PartitionSpec(*(RULES[axis] for axis in axes)))
+
+
+def _divided(mesh: Mesh, axis: str | None, size: int, shape: tuple[int, ...]) -> str | None:
+    if size % shards(mesh, axis) == 0:
+        return axis
+    if axis == "vocab":
+        return None
+    raise ConfigError(f"{shards(mesh, axis)} devices do not divide {size}, the {axis!r} axis of a tensor of shape {shape}")
+
+
+def check(mesh: Mesh, config: ModelConfig) -> None:
+    """Raises ConfigError unless every device gets whole heads and an equal part of each MLP."""
+    hidden = {e.d_ff for layer in config.layers if (e := layer.experts)} | {config.d_ff} - {0}
+    parts = [("heads", config.num_heads, "attention heads"), ("kv", config.num_kv_heads, "key/value heads")]
+    for axis, count, what in parts + [("mlp", size, "MLP features") for size in sorted(hidden)]:
+        if count % (n := shards(mesh, axis)):
+            raise ConfigError(f"tensor parallel size {n} does not divide the model's {count} {what}; choose a divisor of {count}")

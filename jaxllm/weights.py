@@ -1,0 +1,145 @@
+"""Where a module gets its arrays: from a checkpoint's lazy tensors, or from a random key. Either way sharded from birth.
+
+A device reads (or makes) its own rectangle and no more; the host holds one rectangle at a time. Fusing projections that
+share an input is decided here, at load time: one array whose rows go device by device, so that cutting it again later
+needs no communication.
+"""
+
+import contextlib
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from tqdm import tqdm
+
+from converters.tensor import Tensor
+from jaxllm import parallel
+from jaxllm.parallel import Axes
+
+Shape = tuple[int, ...]
+
+NORMS = frozenset({"norm", "attn_in", "attn_out", "mlp_in", "mlp_out", "q_norm", "k_norm"})
+THREADS = 8  # page faults of a cold file and casts run beside each other; more gains nothing on one disk
+CHUNK = 16 << 20  # bytes a thread copies at a time
+
+
+class Weights:
+    """Arrays of a checkpoint in `dtype`. `progress`, if given, is called with the number of bytes just read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], mesh: Mesh, dtype, progress: Callable[[int], object] = lambda size: None):
+        self.tensors, self.mesh, self.dtype, self._progress = tensors, mesh, np.dtype(dtype), progress
+        self._pool = ThreadPoolExecutor(THREADS, "weights")
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.tensors
+
+    def shape(self, name: str) -> Shape:
+        return self.tensors[name].shape
+
+    def __call__(self, name: str, shape: Shape, axes: Axes) -> jax.Array:
+        """The tensor `name`, placed by its logical axes. Raises ValueError if its shape is not `shape`."""
+        tensor = self._tensor(name, shape)
+        where = parallel.sharding(self.mesh, axes, shape)
+        return jax.make_array_from_callback(shape, where, lambda index: self._read([(tensor, index)]), dtype=self.dtype)
+
+    def fused(self, names: Sequence[str], shapes: Sequence[Shape], axes: Axes) -> jax.Array:
+        """Several tensors as one, along their first axis: device by device, each device's rows of each tensor in order."""
+        tensors = [self._tensor(name, shape) for name, shape in zip(names, shapes, strict=True)]
+        shape = _fused_shape(shapes)
+        parts = parallel.shards(self.mesh, axes[0])
+
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            device = index[0].indices(shape[0])[0] * parts // shape[0]
+            mine = [slice(size * device // parts, size * (device + 1) // parts) for size, *_ in shapes]
+            return self._read([(tensor, (rows, *index[1:])) for tensor, rows in zip(tensors, mine, strict=True)])
+
+        where = parallel.sharding(self.mesh, axes, shape)
+        return jax.make_array_from_callback(shape, where, read, dtype=self.dtype)
+
+    def _tensor(self, name: str, shape: Shape) -> Tensor:
+        if (tensor := self.tensors.get(name)) is None:
+            raise ValueError(f"the checkpoint has no {name!r}")
+        if tensor.shape != shape:
+            raise ValueError(f"{name!r} is {tensor.shape} in the checkpoint, but the model asks for {shape}")
+        return tensor
+
+    def _read(self, parts: list[tuple[Tensor, tuple[slice, ...]]]) -> np.ndarray:
+        """Rectangles one under the other, in our dtype, in memory of their own (never a view of the file)."""
+        stored = [tensor.read(index) for tensor, index in parts]
+        out = np.empty((sum(len(part) for part in stored), *stored[0].shape[1:]), self.dtype)
+        copies, at = [], 0
+        for part in stored:
+            step = max(1, CHUNK // max(1, part[:1].nbytes))
+            for start in range(0, len(part), step):
+                rows = part[start : start + step]
+                copies.append((out[at + start : at + start + len(rows)], rows))
+            at += len(part)
+        for size in self._pool.map(_copy, copies) if len(copies) > 1 else map(_copy, copies):
+            self._progress(size)
+        return out
+
+
+def _copy(copy: tuple[np.ndarray, np.ndarray]) -> int:
+    out, stored = copy
+    out[...] = stored
+    return stored.nbytes
+
+
+class RandomWeights:
+    """Arrays nobody trained: N(0, 0.02²), norms the identity, so that activations stay in range. Made on the devices.
+
+    `shapes` as from tensor_shapes; `norm_bias` as in ModelConfig. The same seed gives the same arrays, whatever the mesh.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], mesh: Mesh, dtype, seed: int = 0, *, norm_bias: float = 0.0):
+        self.shapes, self.mesh, self.dtype, self._one = shapes, mesh, jnp.dtype(dtype), 1.0 - norm_bias
+        self._key = jax.random.key(seed)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def shape(self, name: str) -> Shape:
+        return self.shapes[name]
+
+    def __call__(self, name: str, shape: Shape, axes: Axes) -> jax.Array:
+        if self.shapes[name] != shape:
+            raise ValueError(f"{name!r} is {self.shapes[name]} by the config, but the model asks for {shape}")
+        *_, part, kind = name.split(".")
+        where = parallel.sharding(self.mesh, axes, shape)
+        if part in NORMS:
+            return _constant(shape, self.dtype, where)(self._one if kind == "weight" else 0.0)
+        return _normal(shape, self.dtype, where)(jax.random.fold_in(self._key, zlib.crc32(name.encode())))
+
+    def fused(self, names: Sequence[str], shapes: Sequence[Shape], axes: Axes) -> jax.Array:
+        if [self.shapes[name] for name in names] != list(shapes):
+            raise ValueError(f"{names} are {[self.shapes[name] for name in names]} by the config, but the model asks for {shapes}")
+        shape = _fused_shape(shapes)
+        where = parallel.sharding(self.mesh, axes, shape)
+        return _normal(shape, self.dtype, where)(jax.random.fold_in(self._key, zlib.crc32(names[0].encode())))
+
+
+@lru_cache
+def _normal(shape: Shape, dtype: jnp.dtype, where: NamedSharding):
+    return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype), out_shardings=where)
+
+
+@lru_cache
+def _constant(shape: Shape, dtype: jnp.dtype, where: NamedSharding):
+    return jax.jit(lambda value: jnp.full(shape, value, dtype), out_shardings=where)
+
+
+def _fused_shape(shapes: Sequence[Shape]) -> Shape:
+    return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+@contextlib.contextmanager
+def loading_bar(tensors: Mapping[str, Tensor]) -> Iterator[Callable[[int], object]]:
+    """A progress bar with GB/s on stderr; what it gives is for `Weights(progress=...)`."""
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    with tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True) as bar:
+        yield bar.update
