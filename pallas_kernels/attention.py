@@ -9,25 +9,30 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import attention_reference
-from pallas_kernels.work import Rows, Work, lanes
+from pallas_kernels import attention_portable, attention_reference, attention_sm90
+from pallas_kernels.attention_combine import combine
+from pallas_kernels.work import Rows, Shares, Work, lanes, shares, tiles
 
-FLOATS16 = ("bfloat16", "float16")
+CORES = 132  # of an H200: what is planned for where no GPU says its own number, as in ahead-of-time compilation
+INTERPRETED_WORKERS = 5  # few, because an interpreter runs them one after another; odd, so that shares cut rows
 
 
 @dataclass(frozen=True)
 class Reach:
-    """What an implementation can do: compute capabilities [oldest, newest), head_dims, dtypes, page sizes; None is any."""
+    """What an implementation can do: compute capabilities [oldest, newest), and of which sizes; None is any."""
 
     oldest: tuple[int, int] | None = None
     newest: tuple[int, int] = (99, 0)
     head_dims: tuple[int, ...] | None = None
     dtypes: tuple[str, ...] | None = None
     page_sizes: tuple[int, ...] | None = None
+    groups: tuple[int, ...] | None = None
 
 
 # The first that reaches is taken.
 IMPLEMENTATIONS = {
+    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 65))),
+    "portable": Reach((8, 0), head_dims=tuple(range(8, 257, 8)), dtypes=("bfloat16", "float16", "float32")),
     "reference": Reach(),
 }
 
@@ -37,25 +42,44 @@ def capability_of(device: jax.Device) -> str | None:
     return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
 
-def implementation_for(capability: str | None, *, head_dim: int, dtype, page_size: int) -> str:
+def implementation_for(capability: str | None, *, head_dim: int, dtype, page_size: int, group: int = 1) -> str:
     """The name of the fastest implementation for a device of this capability (see `capability_of`) and these pages."""
     for name, reach in IMPLEMENTATIONS.items():
-        if _misses(reach, capability, head_dim, jnp.dtype(dtype).name, page_size) is None:
+        runs = reach.oldest is None or (capability is not None and reach.oldest <= _version(capability) < reach.newest)
+        if runs and _misses(reach, head_dim, dtype, page_size, group) is None:
             return name
     raise AssertionError("the reference takes everything")
 
 
-def _misses(reach: Reach, capability: str | None, head_dim: int, dtype: str, page_size: int) -> str | None:
-    """Why an implementation cannot do this, in words, or None if it can."""
-    if reach.oldest is not None:
-        version = tuple(int(part) for part in capability.split(".")) if capability else None
-        if version is None or not reach.oldest <= version < reach.newest:
-            return f"compute capability {reach.oldest} to below {reach.newest}, got {version}"
-    asked = (("head_dim", reach.head_dims, head_dim), ("dtype", reach.dtypes, dtype), ("page_size", reach.page_sizes, page_size))
-    for what, allowed, got in asked:
+def _version(capability: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in capability.split("."))
+
+
+def _misses(reach: Reach, head_dim: int, dtype, page_size: int, group: int) -> str | None:
+    """What an implementation cannot do of this, in words, or None if it can do all."""
+    asked = {
+        "head_dim": (reach.head_dims, head_dim),
+        "dtype": (reach.dtypes, jnp.dtype(dtype).name),
+        "page_size": (reach.page_sizes, page_size),
+        "query heads a kv head": (reach.groups, group),
+    }
+    for what, (allowed, got) in asked.items():
         if allowed is not None and got not in allowed:
-            return f"{what} in {allowed}, got {got}"
+            listed = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 6 else ", ".join(map(str, allowed))
+            return f"{what} {got}: it takes {listed}"
     return None
+
+
+def _refuse(implementation: str, head_dim: int, dtype, page_size: int, group: int) -> None:
+    """Raise unless the named implementation exists, can do this, and runs on the default device if that is a GPU."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    reach, capability = IMPLEMENTATIONS[implementation], capability_of(jax.devices()[0])
+    if misses := _misses(reach, head_dim, dtype, page_size, group):
+        raise NotImplementedError(f"attention {implementation!r} cannot take {misses}; leave implementation out to have one chosen")
+    if capability is not None and reach.oldest is not None and not reach.oldest <= _version(capability) < reach.newest:
+        wanted = f"from {reach.oldest[0]}.{reach.oldest[1]} to below {reach.newest[0]}.{reach.newest[1]}"
+        raise NotImplementedError(f"attention {implementation!r} needs compute capability {wanted}, this GPU has {capability}")
 
 
 def plan_work(
@@ -69,35 +93,45 @@ def plan_work(
     window: int | None = None,
     chunk: int = 0,
     implementation: str | None = None,
+    interpret: bool = False,
 ) -> Work:
     """The work lists of one step, for all layers of this shape and window.
 
     kv_heads, group: kv heads on this device and query heads for each of them. window: a token sees itself and the window - 1 tokens
     before it; None sees all. chunk: T, the chunk lanes of the step's bucket. implementation: None takes what `implementation_for` says
-    about the default device. Raises NotImplementedError if the named implementation cannot do this, ValueError if the arguments are wrong.
+    about the default device. interpret: run GPU kernels in their interpreters, slowly, on a CPU. Raises NotImplementedError if the named
+    implementation cannot do this, ValueError if the arguments are wrong.
     """
     _check_rows(rows)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}")
-    name = jnp.dtype(dtype).name
-    capability = capability_of(jax.devices()[0])
-    implementation = implementation or implementation_for(capability, head_dim=head_dim, dtype=dtype, page_size=page_size)
-    if implementation not in IMPLEMENTATIONS:
-        raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
+    capability, shape = capability_of(jax.devices()[0]), dict(head_dim=head_dim, dtype=dtype, page_size=page_size, group=group)
+    implementation = implementation or implementation_for(capability, **shape)
+    _refuse(implementation, **shape)
+    kernel = implementation != "reference"
     return Work(
-        lanes=lanes(rows, chunk),
-        shares=None,
-        tiles=None,
+        lanes=None if kernel else lanes(rows, chunk),
+        shares=_shares(rows, implementation, kv_heads, head_dim, dtype, window, interpret) if kernel else None,
+        tiles=tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group)) if kernel and chunk else None,
         implementation=implementation,
         page_size=page_size,
         kv_heads=kv_heads,
         group=group,
         head_dim=head_dim,
-        dtype=name,
+        dtype=jnp.dtype(dtype).name,
         window=window,
         chunk=chunk,
-        interpret=False,
+        interpret=interpret,
     )
+
+
+def _shares(rows: Rows, implementation: str, kv_heads: int, head_dim: int, dtype, window: int | None, interpret: bool) -> Shares:
+    if implementation == "sm90":
+        kv_block, per_core = attention_sm90.KV_BLOCK, attention_sm90.WORKERS_PER_CORE[head_dim]
+    else:
+        kv_block, per_core = attention_portable.kv_block(head_dim, dtype), attention_portable.WORKERS_PER_CORE
+    workers = INTERPRETED_WORKERS if interpret else per_core * getattr(jax.devices()[0], "core_count", CORES)
+    return shares(rows, kv_heads=kv_heads, kv_block=kv_block, window=window, workers=workers)
 
 
 def paged_attention(
@@ -121,7 +155,25 @@ def paged_attention(
     """
     _check_call(q_NQH, k_pages, v_pages, rows, work, window, softcap, implementation)
     options = dict(scale=scale, window=window, softcap=softcap)
-    return attention_reference.attend(q_NQH, k_pages, v_pages, rows, work.lanes, **options)
+    if work.implementation == "reference":
+        assert work.lanes is not None
+        return attention_reference.attend(q_NQH, k_pages, v_pages, rows, work.lanes, **options)
+    return _kernels(q_NQH, k_pages, v_pages, rows, work, **options)
+
+
+def _kernels(q_NQH, k_pages, v_pages, rows, work, **options) -> Array:
+    """The decode lanes through the decode kernel, the chunk lanes through the prefill kernel, both into one array."""
+    options["interpret"] = work.interpret
+    if q_NQH.dtype != k_pages.dtype:
+        raise ValueError(f"{work.implementation} wants q in the pages' dtype {k_pages.dtype}, got {q_NQH.dtype}")
+    out_NQH = None
+    if work.tiles is not None:
+        out_NQH = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, **options)
+    decode = attention_sm90.decode if work.implementation == "sm90" else attention_portable.decode
+    packed = work.implementation == "sm90" and attention_sm90.packs(work.group)
+    o_SGH, lse_SG = decode(q_NQH, k_pages, v_pages, rows, work.shares, **options)
+    shape = dict(heads=q_NQH.shape[1], group=work.group, dtype=q_NQH.dtype)
+    return combine(o_SGH, lse_SG, work.shares, out_NQH, packed=packed, interpret=work.interpret, **shape)
 
 
 def _check_rows(rows: Rows) -> None:

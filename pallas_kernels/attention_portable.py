@@ -1,0 +1,219 @@
+"""Paged attention for any GPU from Ampere on, as Pallas-Triton kernels, which a CPU can interpret.
+
+Decode is flat stream-K: each worker of a fixed grid walks its share of the step's KV blocks and leaves one part for every (row, kv head)
+it met; `attention_combine` joins them. Prefill takes a tile of one row's chunk tokens, packed with their group of query heads so that a
+KV block is read once for all of them, and walks the context up to the tile's last token; only blocks at the edges are masked.
+
+Letters: N tokens, Q query heads, K kv heads, H features, P pages; R query lines in a program, S tokens in a KV block. Triton wants powers
+of two, so lines and features are padded with masks. `lax.div` and `lax.rem` stand for // and %, which fail to lower inside loops.
+"""
+
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.attention_combine import LOW
+from pallas_kernels.work import Rows, Shares, Tiles
+
+LOG2E = math.log2(math.e)
+WORKERS_PER_CORE = 3  # decode programs that fit on a multiprocessor at a time
+TILE_LINES = 128  # query tokens * heads of a group in a prefill tile
+
+
+def kv_block(head_dim: int, dtype) -> int:
+    """Tokens in a KV block: at most 16 kB, so that four of them fit in the shared memory of the smallest card (99 kB)."""
+    return max(16, min(64, 16384 // (_features(head_dim) * jnp.dtype(dtype).itemsize)))
+
+
+def tile_tokens(group: int) -> int:
+    """Chunk tokens in a prefill tile."""
+    return max(1, TILE_LINES // pl.next_power_of_2(group))
+
+
+def decode(
+    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, shares: Shares, *, scale, window, softcap, interpret
+) -> tuple[Array, Array]:
+    """The parts of every decode row, for `combine`: o [parts, group, H] and base-2 log-sum-exp [parts, group], float32."""
+    kv_heads, _, head_dim = k_pages.shape[1:]
+    group = q_NQH.shape[1] // kv_heads
+    parts = rows.length_M.shape[0] * kv_heads + shares.row_W.shape[0]
+    options = dict(group=group, kv_block=kv_block(head_dim, k_pages.dtype), scale=scale, window=window, softcap=softcap)
+    return pl.pallas_call(
+        partial(_decode_kernel, **options),
+        grid=shares.row_W.shape,
+        out_shape=(jax.ShapeDtypeStruct((parts, group, head_dim), jnp.float32), jax.ShapeDtypeStruct((parts, group), jnp.float32)),
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=5),  # page numbers are loads too: below 5, one K buffer is in flight
+        interpret=interpret,
+        name="paged_decode",
+    )(
+        q_NQH, k_pages, v_pages, rows.table_MP, rows.length_M, shares.first_M, shares.count_M,
+        shares.start_M1, shares.next_M, shares.bound_W1, shares.row_W,
+    )  # fmt: skip
+
+
+def _decode_kernel(
+    q_ref, k_ref, v_ref, table_ref, length_ref, first_ref, count_ref, start_ref, next_ref, bound_ref, row_ref, o_ref, lse_ref,
+    *, group, kv_block, scale, window, softcap,
+):  # fmt: skip
+    worker = pl.program_id(0)
+    end = plt.load(bound_ref.at[worker + 1])
+    kv_heads, page_size, head_dim = k_ref.shape[1:]
+    line, feature = jnp.arange(max(16, pl.next_power_of_2(group))), jnp.arange(_features(head_dim))
+    live_RH = (line < group)[:, None] & (feature < head_dim)[None, :]
+
+    def segment(state):
+        at, row = state
+        length, count = plt.load(length_ref.at[row]), plt.load(count_ref.at[row])
+        offset = at - plt.load(start_ref.at[row])
+        head = lax.div(offset, count)
+        block = plt.load(first_ref.at[row]) + lax.rem(offset, count)
+        blocks = jnp.minimum(count - lax.rem(offset, count), end - at)
+        q_RH = plt.load(q_ref.at[row, head * group + line[:, None], feature[None, :]], mask=live_RH, other=0.0)
+
+        def turn(i, attended):
+            position_S = i * kv_block + jnp.arange(kv_block)
+            seen_S = position_S < length
+            if window is not None:
+                seen_S &= position_S >= length - window
+            page_S = plt.load(table_ref.at[row, lax.div(position_S, jnp.int32(page_size))], mask=seen_S, other=0)
+            index = (page_S[:, None], head, lax.rem(position_S, jnp.int32(page_size))[:, None], feature[None, :])
+            live_SH = seen_S[:, None] & (feature < head_dim)[None, :]
+            k_SH = plt.load(k_ref.at[index], mask=live_SH, other=0.0)
+            s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, scale, softcap), LOW)
+            return _attend(attended, s_RS, plt.load(v_ref.at[index], mask=live_SH, other=0.0))
+
+        peak_R, sum_R, o_RH = lax.fori_loop(block, block + blocks, turn, _nothing(line.shape[0], feature.shape[0]))
+        part = row * kv_heads + head + worker
+        plt.store(o_ref.at[part, line[:, None], feature[None, :]], o_RH / jnp.maximum(sum_R, 1e-30)[:, None], mask=live_RH)
+        plt.store(lse_ref.at[part, line], peak_R + jnp.log2(jnp.maximum(sum_R, 1e-30)), mask=line < group)
+        at += blocks
+        return at, jnp.where(at >= plt.load(start_ref.at[row + 1]), plt.load(next_ref.at[row]), row)
+
+    lax.while_loop(lambda state: state[0] < end, segment, (plt.load(bound_ref.at[worker]), plt.load(row_ref.at[worker])))
+
+
+def prefill(
+    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *, scale, window, softcap, interpret,
+    kv_tokens=None, num_warps=8, num_stages=3,
+) -> Array:  # fmt: skip
+    """Attention of the chunk lanes -> [N, Q, H]; the decode lanes, and chunk lanes that no row owns, are zeros."""
+    kv_heads, _, head_dim = k_pages.shape[1:]
+    group = q_NQH.shape[1] // kv_heads
+    options = dict(
+        group=group,
+        first_lane=rows.length_M.shape[0],
+        kv_block=kv_tokens or kv_block(head_dim, k_pages.dtype),
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    return pl.pallas_call(
+        partial(_prefill_kernel, **options),
+        grid=(kv_heads, tiles.row_I.shape[0]),
+        out_shape=jax.ShapeDtypeStruct(q_NQH.shape, q_NQH.dtype),
+        input_output_aliases={8: 0},
+        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        interpret=interpret,
+        name="paged_prefill",
+    )(q_NQH, k_pages, v_pages, rows.table_MP, tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, jnp.zeros_like(q_NQH))
+
+
+def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, row_ref, begin_ref, size_ref, position_ref, _, o_ref, **options):
+    kv_head, tile = pl.program_id(0), pl.program_id(1)
+    size = plt.load(size_ref.at[tile])
+
+    @pl.when(size > 0)
+    def _():
+        place = (plt.load(row_ref.at[tile]), plt.load(begin_ref.at[tile]), size, plt.load(position_ref.at[tile]))
+        _prefill_tile(q_ref, k_ref, v_ref, table_ref, o_ref, kv_head, *place, **options)
+
+
+def _prefill_tile(
+    q_ref, k_ref, v_ref, table_ref, o_ref, kv_head, row, begin, size, position, *, group, first_lane, kv_block, scale, window, softcap
+):
+    """One tile: `size` tokens of `row`, the first in chunk lane `begin` and at `position`, by the group of one kv head."""
+    page_size, head_dim = k_ref.shape[2:]
+    padded = pl.next_power_of_2(group)
+    line, feature, slot = jnp.arange(max(TILE_LINES, padded)), jnp.arange(_features(head_dim)), jnp.arange(kv_block)
+    token_R, member_R = lax.div(line, jnp.int32(padded)), lax.rem(line, jnp.int32(padded))
+    real_H = (feature < head_dim)[None, :]
+    live_RH = ((token_R < size) & (member_R < group))[:, None] & real_H
+    index = ((first_lane + begin + token_R)[:, None], (kv_head * group + member_R)[:, None], feature[None, :])
+    q_RH = plt.load(q_ref.at[index], mask=live_RH, other=0.0)
+    position_R, end = position + token_R, position + size
+
+    def turn(block, attended, *, edge):
+        position_S = block * kv_block + slot
+        if page_size % kv_block == 0:  # the block lies in one page: one number, and addresses that follow each other
+            page = plt.load(table_ref.at[row, lax.div(block * kv_block, jnp.int32(page_size))])
+            place_S = lax.rem(block * kv_block, jnp.int32(page_size)) + slot
+            index = (page, kv_head, place_S[:, None], feature[None, :])
+        else:
+            page_S = plt.load(table_ref.at[row, lax.div(position_S, jnp.int32(page_size))], mask=position_S < end, other=0)
+            index = (page_S[:, None], kv_head, lax.rem(position_S, jnp.int32(page_size))[:, None], feature[None, :])
+        masks = {}
+        if edge:
+            masks = dict(mask=(position_S < end)[:, None] & real_H, other=0.0)
+        elif feature.shape[0] != head_dim:
+            masks = dict(mask=jnp.broadcast_to(real_H, (kv_block, feature.shape[0])), other=0.0)
+        s_RS = _scores(q_RH, plt.load(k_ref.at[index], **masks), scale, softcap)
+        if edge:
+            seen_RS = position_S[None, :] <= position_R[:, None]
+            if window is not None:
+                seen_RS &= position_S[None, :] > position_R[:, None] - window
+            s_RS = jnp.where(seen_RS, s_RS, LOW)
+        return _attend(attended, s_RS, plt.load(v_ref.at[index], **masks))
+
+    # Blocks [low, inner) cut through some token's window, [inner, outer) are seen whole by all, [outer, high) cut through the diagonal.
+    block = jnp.int32(kv_block)
+    high = lax.div(end + block - 1, block)
+    low = inner = jnp.int32(0)
+    if window is not None:
+        low = lax.div(jnp.maximum(position - window + 1, 0), block)
+        inner = jnp.minimum(lax.div(jnp.maximum(end - window, 0) + block - 1, block), high)
+    outer = jnp.maximum(lax.div(position + 1, block), inner)
+    attended = _nothing(line.shape[0], feature.shape[0])
+    if window is not None:
+        attended = lax.fori_loop(low, inner, partial(turn, edge=True), attended)
+    attended = lax.fori_loop(inner, outer, partial(turn, edge=False), attended)
+    _, sum_R, o_RH = lax.fori_loop(outer, high, partial(turn, edge=True), attended)
+    o_RH = o_RH / jnp.maximum(sum_R, 1e-30)[:, None]
+    out = ((first_lane + begin + token_R)[:, None], (kv_head * group + member_R)[:, None], feature[None, :])
+    plt.store(o_ref.at[out], o_RH.astype(o_ref.dtype), mask=live_RH)
+
+
+def _features(head_dim: int) -> int:
+    """head_dim padded to what a Triton dot takes."""
+    return max(16, pl.next_power_of_2(head_dim))
+
+
+def _nothing(lines: int, features: int):
+    """An online softmax that has seen no token: (peak of base-2 scores, sum, output), float32."""
+    return jnp.full((lines,), LOW, jnp.float32), jnp.zeros((lines,), jnp.float32), jnp.zeros((lines, features), jnp.float32)
+
+
+def _dot(a, b, **options):
+    """A dot in float32; float32 operands are not rounded to tf32 on the way."""
+    return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None, **options).astype(jnp.float32)
+
+
+def _scores(q_RH, k_SH, scale, softcap):
+    """Scores times log2(e), so that exp2 serves."""
+    s_RS = _dot(q_RH, k_SH, trans_b=True)
+    if softcap is None:
+        return s_RS * (scale * LOG2E)
+    return softcap * LOG2E * jnp.tanh(s_RS * (scale / softcap))
+
+
+def _attend(attended, s_RS, v_SH):
+    """One turn of the online softmax."""
+    peak_R, sum_R, o_RH = attended
+    new_R = jnp.maximum(peak_R, jnp.max(s_RS, axis=1))
+    p_RS = jnp.exp2(s_RS - new_R[:, None])
+    keep_R = jnp.exp2(peak_R - new_R)
+    return new_R, sum_R * keep_R + jnp.sum(p_RS, axis=1), o_RH * keep_R[:, None] + _dot(p_RS.astype(v_SH.dtype), v_SH)

@@ -1,0 +1,86 @@
+"""Named attention cases, shared by the tests and the benchmarks: a mixture of rows, and the shape of a model's heads.
+
+M rows, T chunk lanes. Plain numbers, no JAX: whoever uses a case draws the arrays.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Heads:
+    """Query heads, kv heads and features a head, as on one device."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        return self.heads // self.kv_heads
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `paged_attention`. chunk_lens: 0 for a row that decodes; lengths: 0 for an empty row."""
+
+    heads: Heads
+    lengths: tuple[int, ...]
+    chunk_lens: tuple[int, ...] = ()
+    page_size: int = 64
+    dtype: str = "bfloat16"
+    window: int | None = None
+    softcap: float | None = None
+    spare: int = 0  # chunk lanes beyond those that rows own
+
+    @property
+    def chunk(self) -> int:
+        return sum(self.chunk_lens) + self.spare
+
+
+LLAMA_8B, QWEN_3B, QWEN_05B = Heads(32, 8, 128), Heads(16, 2, 128), Heads(14, 2, 64)
+
+# Each holds what once went wrong somewhere: empty rows, length 1, page borders, rows that many workers share.
+CORRECT = {
+    "decode": Case(LLAMA_8B, (1, 0, 63, 64, 65, 700, 0, 128, 3000)),
+    "decode_float16": Case(LLAMA_8B, (5, 64, 257), dtype="float16"),
+    "decode_window": Case(LLAMA_8B, (1, 0, 100, 129, 1000), window=128),
+    "decode_softcap": Case(QWEN_3B, (30, 500), softcap=20.0),
+    "decode_group_7": Case(QWEN_05B, (1, 640, 77, 0), page_size=64),
+    "decode_page_16": Case(QWEN_05B, (1, 15, 16, 17, 333), page_size=16),
+    "decode_page_128": Case(QWEN_3B, (1, 127, 129, 1000), page_size=128),
+    "decode_mha": Case(Heads(4, 4, 64), (9, 200)),
+    "decode_group_16": Case(Heads(32, 2, 128), (9, 200), window=40, softcap=30.0),
+    "mixed": Case(LLAMA_8B, (300, 65, 0, 500, 8), (0, 65, 0, 100, 1), spare=10),
+    "mixed_window_page_16": Case(QWEN_05B, (300, 65, 0, 500), (0, 65, 0, 100), page_size=16, window=70, spare=2),
+    "prefill": Case(QWEN_05B, (333,), (333,)),
+    "prefill_prefix_softcap": Case(QWEN_3B, (900, 128), (200, 128), softcap=15.0),
+    "head_dim_80": Case(Heads(4, 2, 80), (9, 200, 150), (0, 0, 40)),
+    "head_dim_8": Case(Heads(4, 1, 8), (9, 200, 150), (0, 0, 40), page_size=16),
+    "head_dim_256": Case(Heads(8, 4, 256), (9, 200, 150), (0, 0, 40), window=99, softcap=50.0),
+    "float32": Case(Heads(6, 2, 64), (9, 200, 150), (0, 0, 40), dtype="float32"),
+}
+
+# Small enough for an interpreter.
+SMALL = {
+    "decode": Case(Heads(4, 2, 64), (150, 0, 3, 64), page_size=64),
+    "decode_group_3_window": Case(Heads(6, 2, 64), (140, 20), page_size=16, window=70, softcap=5.0),
+    "mixed": Case(Heads(6, 2, 24), (70, 37, 0, 5), (0, 20, 0, 5), page_size=16, dtype="float32", window=30, spare=3),
+    "mixed_softcap": Case(Heads(4, 1, 16), (33, 100), (0, 70), page_size=32, softcap=9.0),
+}
+
+DECODE = {
+    "8b_64x4096": Case(LLAMA_8B, (4096,) * 64),
+    "8b_256x1024": Case(LLAMA_8B, (1024,) * 256),
+    "8b_8x640": Case(LLAMA_8B, (640,) * 8),
+    "0.5b_8x640": Case(QWEN_05B, (640,) * 8),
+    "0.5b_64x640": Case(QWEN_05B, (640,) * 64),
+    "0.5b_256x640": Case(QWEN_05B, (640,) * 256),
+    "3b_64x640": Case(QWEN_3B, (640,) * 64),
+    "3b_256x640": Case(QWEN_3B, (640,) * 256),
+}
+
+PREFILL = {
+    f"{model}_{tokens}": Case(heads, (tokens,), (tokens,))
+    for model, heads in (("8b", LLAMA_8B), ("0.5b", QWEN_05B))
+    for tokens in (2048, 8192)
+}
