@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -21,20 +20,11 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from jaxllm.request import JaxllmError, Request, SamplingParams
 from serving import chat, completions, version
+from serving.options import ServerOptions
 from serving.protocol import ApiError, ChatBody, CompletionBody, EngineLike, SamplingBody, check_model, parse
 from serving.stream import Answer, ClientGone, error_of, json_response, respond
 
 log = logging.getLogger("jaxllm.server")
-
-
-@dataclass(frozen=True)
-class ServerOptions:
-    """How the server listens and whom it answers."""
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    api_key: str | None = None
-    enable_log_requests: bool = False
 
 
 def build_app(engine: EngineLike, options: ServerOptions) -> FastAPI:
