@@ -1,0 +1,156 @@
+"""POST /v1/chat/completions: messages through the model's chat template in, assistant messages out, in OpenAI's chat.completion shape.
+
+Roles and further message fields are the template's to judge; this module makes every content a string and refuses what is not text.
+"""
+
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+from uuid import uuid4
+
+from jaxllm.request import Completion, Logprob, Output, Request, RequestError, TokenLogprobs
+from serving.protocol import ChatBody, EngineLike, finite, fit, off_loop, prompt_logprobs_body, sampling_params
+from serving.stream import Frame, encode
+
+# What `chat_template_kwargs` may not set: these decide which text is encoded, not how the template looks.
+_RESERVED = {
+    "messages",
+    "conversation",
+    "chat_template",
+    "tokenize",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tools",
+    "documents",
+}
+
+
+def parse_messages(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The messages with every content a string. Raises RequestError naming the message at fault."""
+    if not messages:
+        raise RequestError("`messages` must hold at least one message", "messages")
+    return [_parse_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+
+
+def _parse_message(message: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(message.get("role"), str):
+        raise RequestError(f"`{where}.role` must be a string, such as user", where)
+    for name in ("tool_calls", "function_call", "audio"):
+        if message.get(name):
+            raise RequestError(f"`{where}.{name}` is not supported by this server yet: send text content only", where)
+    return {**message, "content": _parse_content(message.get("content"), message["role"], where)}
+
+
+def _parse_content(content: Any, role: str, where: str) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and role == "assistant":
+        return ""  # OpenAI allows an assistant that said nothing
+    if not isinstance(content, list):
+        raise RequestError(f"`{where}.content` must be a string or a list of text parts", where)
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise RequestError(f"`{where}.content` holds a part that is not text ({kind!r}): this model reads text only", where)
+    return "\n".join(part["text"] for part in content)  # a line each, as vLLM joins them
+
+
+async def prepare(engine: EngineLike, body: ChatBody, fingerprint: str) -> "ChatAnswer":
+    """Everything checked and encoded, nothing started. Raises ApiError or RequestError."""
+    messages = parse_messages(body.messages)
+    options = _template_options(body)
+    size = sum(len(message["content"]) for message in messages)
+    ids = await off_loop(size, lambda: engine.tokenizer.chat(messages, **options))
+    params = sampling_params(engine, body, fit(engine, len(ids), _max_tokens(engine, body)), _logprobs(body))
+    answer = ChatAnswer(engine, body, fingerprint)
+    request = Request(answer.id, tuple(ids), params)
+    engine.check(request)
+    answer.requests.append(request)
+    return answer
+
+
+def _template_options(body: ChatBody) -> dict[str, Any]:
+    extra = body.chat_template_kwargs or {}
+    if clash := sorted(_RESERVED & extra.keys()):
+        raise RequestError(f"`chat_template_kwargs` must not set {clash[0]}", "chat_template_kwargs")
+    goes_on = bool(body.continue_final_message)
+    if goes_on and body.add_generation_prompt:
+        raise RequestError("`continue_final_message` and `add_generation_prompt` exclude each other", "continue_final_message")
+    begins = not goes_on if body.add_generation_prompt is None else body.add_generation_prompt
+    return {**extra, "add_generation_prompt": begins, "continue_final_message": goes_on}
+
+
+def _max_tokens(engine: EngineLike, body: ChatBody) -> int | None:
+    asked = {value for value in (body.max_tokens, body.max_completion_tokens) if value is not None}
+    if len(asked) > 1:
+        raise RequestError("`max_tokens` and `max_completion_tokens` mean the same: send one of them", "max_tokens")
+    return asked.pop() if asked else engine.default_params.get("max_tokens")
+
+
+def _logprobs(body: ChatBody) -> int | None:
+    if body.top_logprobs is not None and not body.logprobs:
+        raise RequestError("`top_logprobs` is only allowed when `logprobs` is true", "top_logprobs")
+    return (body.top_logprobs or 0) if body.logprobs else None
+
+
+class ChatAnswer:
+    """One request's choices in the chat.completion shape; serving.stream drives it."""
+
+    def __init__(self, engine: EngineLike, body: ChatBody, fingerprint: str):
+        self.id = f"chatcmpl-{uuid4().hex}"
+        self.requests: list[Request] = []
+        self._body = body
+        self._head = {
+            "id": self.id,
+            "object": "chat.completion.chunk" if body.stream else "chat.completion",
+            "created": int(time.time()),
+            "model": engine.model_name,
+            "system_fingerprint": fingerprint,
+        }
+        self._frame = Frame(self._head, body.include_usage)
+
+    def streams(self, engine: EngineLike) -> list[AsyncGenerator[Output, None]]:
+        return [engine.generate(request) for request in self.requests]
+
+    def whole(self, outputs: list[Output]) -> dict:
+        (output,) = outputs
+        body = {**self._head, "choices": [self._choice(completion) for completion in output.outputs]}
+        if self._body.prompt_logprobs is not None:
+            body["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
+        return body
+
+    def _choice(self, completion: Completion) -> dict:
+        return {
+            "index": completion.index,
+            "message": {"role": "assistant", "content": completion.text, "refusal": None},
+            "logprobs": logprobs_body(completion.logprobs),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+
+    def first(self, i: int, output: Output) -> bytes:
+        """The role, once for every choice, before any text."""
+        start = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
+        return b"".join(self._frame.choice(f'{{"index":{j},{start}}}') for j in range(self._body.n or 1))
+
+    def event(self, i: int, completion: Completion) -> bytes:
+        logprobs = "null" if completion.logprobs is None else encode(logprobs_body(completion.logprobs))
+        end = "null" if completion.finish_reason is None else f'"{completion.finish_reason}","stop_reason":{encode(completion.stop_reason)}'
+        return self._frame.choice(
+            f'{{"index":{completion.index},"delta":{{"content":{encode(completion.text)}}},"logprobs":{logprobs},"finish_reason":{end}}}'
+        )
+
+    def usage_event(self, usage: dict) -> bytes:
+        return self._frame.usage(usage)
+
+
+def logprobs_body(entries: tuple[TokenLogprobs, ...] | None) -> dict | None:
+    """OpenAI's chat logprobs: each chosen token with the likeliest ones beside it."""
+    if entries is None:
+        return None
+    content = [{**_token(chosen), "top_logprobs": [_token(other) for other in likeliest]} for chosen, *likeliest in entries]
+    return {"content": content, "refusal": None}
+
+
+def _token(logprob: Logprob) -> dict:
+    return {"token": logprob.text, "logprob": finite(logprob), "bytes": list(logprob.text.encode())}

@@ -1,0 +1,152 @@
+"""The `jaxllm` command: `serve` and `bench`, each importing what it needs only when it runs, so that help and mistakes answer at once."""
+
+import importlib.util
+import logging
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from jaxllm.config import EngineConfig
+from jaxllm.request import ConfigError, JaxllmError
+from serving import options, version
+
+if TYPE_CHECKING:
+    from serving.protocol import EngineLike
+
+BENCHES = ("offline",)
+KEEP_ALIVE_S = 75  # above the 60 s after which common load balancers drop an idle connection, so that they do it and not we
+DRAIN_S = 10  # what a stop signal leaves running requests to end by themselves
+
+USAGE = """jaxllm serves language models over OpenAI's HTTP API.
+
+usage:
+  jaxllm serve [MODEL] [options]    serve a model; jaxllm serve --help lists the options
+  jaxllm bench offline [options]    measure the engine without HTTP
+  jaxllm --version                  print the version
+"""
+
+
+def main(argv: Sequence[str] | None = None, *, make_engine: "Callable[[EngineConfig], EngineLike] | None" = None) -> int:
+    """Runs the command; returns its exit status. `make_engine` stands in for jaxllm's Engine in tests."""
+    command, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+    elif command in ("-V", "--version"):
+        print(f"jaxllm {version()}")
+    elif command == "serve":
+        return serve(rest, make_engine or _make_engine)
+    elif command == "bench":
+        return bench(rest)
+    else:
+        return _complain(f"there is no command {command!r}: jaxllm --help lists what there is", 2)
+    return 0
+
+
+def _complain(sentence: object, status: int) -> int:
+    print(f"jaxllm: {sentence}", file=sys.stderr)
+    return status
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Runs bench.NAME as a program, without importing it: bench is above serving."""
+    name, *rest = argv or ["--help"]
+    if name in ("-h", "--help"):
+        print(f"usage: jaxllm bench {{{','.join(BENCHES)}}} [options]")
+        return 0
+    if name not in BENCHES or importlib.util.find_spec(f"bench.{name}") is None:
+        return _complain(f"there is no bench {name!r} here: there is {', '.join(BENCHES)}", 2)
+    sys.argv = [f"jaxllm bench {name}", *rest]
+    runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=False)
+    return 0
+
+
+def serve(argv: Sequence[str], make_engine: "Callable[[EngineConfig], EngineLike]") -> int:
+    """Loads the model, then serves until a signal. Returns 0 after SIGTERM or SIGINT, 1 if it could not start."""
+    config, server_options = options.read(argv)
+    start = time.perf_counter()
+    _set_up_logging()
+    signal.signal(signal.SIGTERM, _stop)  # so that the engine is closed, while it loads as well as later
+    try:
+        # Bound first: a port that is taken should be known before minutes of loading. It listens only when everything is ready.
+        with bind(server_options) as listener:
+            engine = make_engine(config)
+            try:
+                return _run(engine, server_options, listener, start)
+            finally:
+                engine.close()
+    except JaxllmError as error:
+        return _complain(error, 1)
+    except (KeyboardInterrupt, _Stopped):
+        return 0
+
+
+def _make_engine(config: EngineConfig) -> "EngineLike":
+    from jaxllm.engine import Engine
+
+    return Engine(config)
+
+
+class _Stopped(SystemExit):
+    """SIGTERM came."""
+
+
+def _stop(*_: object) -> NoReturn:
+    raise _Stopped
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("jaxllm").setLevel(logging.INFO)
+
+
+def bind(server_options: options.ServerOptions) -> socket.socket:
+    """A socket with the address taken, not listening yet. Raises ConfigError if the address cannot be had."""
+    host, port = server_options.host, server_options.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}; choose another --host or --port") from None
+    return listener
+
+
+def url(server_options: options.ServerOptions, listener: socket.socket) -> str:
+    """Where a client on this machine finds the server."""
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(server_options.host, server_options.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+def _run(engine: "EngineLike", server_options: options.ServerOptions, listener: socket.socket, start: float) -> int:
+    import uvicorn
+
+    from serving.app import build_app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)  # runs the first request, then listens
+            if self.started:
+                seconds = time.perf_counter() - start
+                print(f"ready in {seconds:.1f} s: {engine.model_name} at {url(server_options, listener)}/v1", flush=True)
+
+    app = build_app(engine, server_options)
+    server = Server(
+        uvicorn.Config(
+            app, access_log=False, log_config=None, lifespan="on", timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S
+        )
+    )
+    server.run([listener])
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

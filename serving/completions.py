@@ -1,0 +1,167 @@
+"""POST /v1/completions: prompts (texts or token ids) in, continuations out, in OpenAI's text_completion shape with vLLM's extras.
+
+`prepare` checks every prompt before any starts. The choice of prompt i and continuation j has index i * n + j.
+"""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
+from uuid import uuid4
+
+from jaxllm.request import Completion, Output, Request, RequestError, TokenLogprobs
+from serving.protocol import CompletionBody, EngineLike, finite, fit, off_loop, prompt_logprobs_body, sampling_params
+from serving.stream import Frame, encode
+
+MAX_PROMPTS = 1024  # in one request
+
+
+def parse_prompt(prompt: Any) -> list[str | list[int]]:
+    """The prompts, as texts or token ids. Raises RequestError for anything but a string, strings, token ids or lists of token ids."""
+    if prompt is None:
+        raise RequestError("`prompt` is missing", "prompt")
+    if isinstance(prompt, str) or _is_ids(prompt):
+        return [prompt]
+    if isinstance(prompt, list) and prompt and (all(isinstance(p, str) for p in prompt) or all(_is_ids(p) for p in prompt)):
+        if len(prompt) > MAX_PROMPTS:
+            raise RequestError(f"`prompt` holds {len(prompt)} prompts; at most {MAX_PROMPTS} are allowed in one request", "prompt")
+        return prompt
+    raise RequestError("`prompt` must be a string, a list of strings, a list of token ids, or a list of such lists, none empty", "prompt")
+
+
+def _is_ids(value: Any) -> bool:
+    # type() rather than isinstance: true and false are ints to Python, but no token ids.
+    return isinstance(value, list) and bool(value) and all(type(v) is int and 0 <= v < 2**31 for v in value)
+
+
+async def prepare(engine: EngineLike, body: CompletionBody, fingerprint: str) -> "CompletionAnswer":
+    """Everything checked and encoded, nothing started. Raises ApiError or RequestError."""
+    n = body.n or 1
+    if body.best_of is not None and body.best_of != n:
+        raise RequestError(f"`best_of` must equal `n`, but {body.best_of} != {n}: this server returns every choice it makes", "best_of")
+    answer = CompletionAnswer(engine, body, fingerprint)
+    for i, prompt in enumerate(parse_prompt(body.prompt)):
+        ids = await _encode(engine, body, prompt)
+        request = Request(f"{answer.id}-{i}", ids, _params(engine, body, len(ids)), prompt if isinstance(prompt, str) else None)
+        engine.check(request)
+        answer.requests.append(request)
+    return answer
+
+
+async def _encode(engine: EngineLike, body: CompletionBody, prompt: str | list[int]) -> tuple[int, ...]:
+    if not isinstance(prompt, str):
+        return tuple(prompt)
+    special = body.add_special_tokens is not False
+    return tuple(await off_loop(len(prompt), lambda: engine.tokenizer.encode(prompt, add_special_tokens=special)))
+
+
+def _params(engine: EngineLike, body: CompletionBody, prompt_tokens: int):
+    asked = body.max_tokens if body.max_tokens is not None else engine.default_params.get("max_tokens", 16)
+    if asked == 0 and body.echo:
+        asked = 1  # the engine always makes one; CompletionAnswer.streams drops it
+    changes = {}
+    if body.echo and body.logprobs is not None:
+        changes["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
+    return sampling_params(engine, body, fit(engine, prompt_tokens, asked), body.logprobs, **changes)
+
+
+class CompletionAnswer:
+    """One request's choices in the text_completion shape; serving.stream drives it."""
+
+    def __init__(self, engine: EngineLike, body: CompletionBody, fingerprint: str):
+        self.id = f"cmpl-{uuid4().hex}"
+        self.requests: list[Request] = []
+        self._body, self._tokenizer = body, engine.tokenizer
+        self._n = body.n or 1
+        self._head = {
+            "id": self.id,
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": engine.model_name,
+            "system_fingerprint": fingerprint,
+        }
+        self._frame = Frame(self._head, body.include_usage)
+        self._offsets: dict[int, int] = {}  # choice -> characters of token text before its next token
+
+    def streams(self, engine: EngineLike) -> list[AsyncGenerator[Output, None]]:
+        outputs = [engine.generate(request) for request in self.requests]
+        return [_prompt_only(stream) for stream in outputs] if self._body.max_tokens == 0 else outputs
+
+    def whole(self, outputs: list[Output]) -> dict:
+        return {**self._head, "choices": [self._choice(i, output, c) for i, output in enumerate(outputs) for c in output.outputs]}
+
+    def _choice(self, i: int, output: Output, completion: Completion) -> dict:
+        index = i * self._n + completion.index
+        entries, ids = completion.logprobs, completion.token_ids
+        if self._body.echo and self._body.logprobs is not None:
+            entries, ids = (*(output.prompt_logprobs or ()), *(entries or ())), output.prompt_token_ids + ids
+        choice = {
+            "index": index,
+            "text": (self._echo(output) if self._body.echo else "") + completion.text,
+            "logprobs": self._logprobs(index, entries, ids),
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if self._body.prompt_logprobs is not None:
+            choice["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
+        return choice
+
+    def first(self, i: int, output: Output) -> bytes:
+        """With `echo`, the prompt as the first event of every choice."""
+        if not self._body.echo:
+            return b""
+        entries = output.prompt_logprobs if self._body.logprobs is not None else None
+        echo = Completion(text=self._echo(output))
+        return b"".join(self._event(i * self._n + j, echo, entries, output.prompt_token_ids) for j in range(self._n))
+
+    def event(self, i: int, completion: Completion) -> bytes:
+        return self._event(i * self._n + completion.index, completion, completion.logprobs, completion.token_ids)
+
+    def _event(self, index: int, completion: Completion, entries, ids) -> bytes:
+        logprobs = "null" if entries is None else encode(self._logprobs(index, entries, ids))
+        end = "null" if completion.finish_reason is None else f'"{completion.finish_reason}"'
+        return self._frame.choice(
+            f'{{"index":{index},"text":{encode(completion.text)},"logprobs":{logprobs},"finish_reason":{end},'
+            f'"stop_reason":{encode(completion.stop_reason)}}}'
+        )
+
+    def usage_event(self, usage: dict) -> bytes:
+        return self._frame.usage(usage)
+
+    def _echo(self, output: Output) -> str:
+        if output.prompt is not None:
+            return output.prompt
+        return self._tokenizer.decode(list(output.prompt_token_ids), skip_special_tokens=self._body.skip_special_tokens is not False)
+
+    def _logprobs(self, index: int, entries: tuple[TokenLogprobs | None, ...] | None, ids: tuple[int, ...]) -> dict | None:
+        """OpenAI's four lists; `text_offset` counts characters of token texts from the choice's beginning."""
+        if entries is None or self._body.logprobs is None:
+            return None
+        body: dict[str, list] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        offset = self._offsets.get(index, 0)
+        for entry, token in zip(entries, ids, strict=True):
+            # The first token of a prompt has no entry: nothing predicts it.
+            text = entry[0].text if entry else self._tokenizer.token_text(token)
+            body["tokens"].append(text)
+            body["token_logprobs"].append(finite(entry[0]) if entry else None)
+            body["top_logprobs"].append(self._top(entry) if entry else None)
+            body["text_offset"].append(offset)
+            offset += len(text)
+        self._offsets[index] = offset
+        return body
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """Text -> log-probability of the likeliest tokens and the chosen one. Of tokens with one text the likeliest counts."""
+        top = {}
+        for logprob in (*entry[1 : 1 + (self._body.logprobs or 0)], entry[0]):
+            top.setdefault(logprob.text, finite(logprob))
+        return top
+
+
+async def _prompt_only(stream: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:
+    """`stream` without what was generated: for `echo` with max_tokens 0, which asks about the prompt only."""
+    async with aclosing(stream):
+        async for output in stream:
+            emptied = (replace(c, text="", token_ids=(), logprobs=None, stop_reason=None) for c in output.outputs)
+            yield replace(output, outputs=tuple(replace(c, finish_reason=c.finish_reason and "length") for c in emptied))

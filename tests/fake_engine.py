@@ -1,0 +1,165 @@
+"""An engine without a model: the surface of jaxllm.engine.Engine over made-up text, one byte a token, the same for the same request.
+
+It honours what the server hands on: stops, limits, seeds, biases, logprobs, abort by closing the generator. `running` and `aborted` let a
+test see what became of a request. After 40 tokens it ends by itself, as a model would.
+"""
+
+import asyncio
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from jaxllm.config import EngineConfig
+from jaxllm.request import Completion, EngineDeadError, Logprob, Output, Request, RequestError, SamplingParams
+
+BOS, EOS, START, END = 256, 257, 258, 259
+SPECIAL = {BOS: "<s>", EOS: "</s>", START: "<|im_start|>", END: "<|im_end|>"}
+VOCAB = 260
+ENDS_AFTER = 40
+LETTERS = b"abcdefghijklmnopqrstuvwxyz     "
+
+
+class FakeTokenizer:
+    """Bytes, and four special tokens; chats as ChatML."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [BOS] * add_special_tokens + list(text.encode())
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        parts = [b"" if t >= 256 and skip_special_tokens else SPECIAL[t].encode() if t >= 256 else bytes([t]) for t in ids]
+        return b"".join(parts).decode(errors="replace")
+
+    def token_text(self, token: int) -> str:
+        return self.decode([token], skip_special_tokens=False)
+
+    def chat(self, messages: list[dict], add_generation_prompt: bool = True, continue_final_message: bool = False) -> list[int]:
+        ids = [BOS]
+        for message in messages:
+            if message["role"] not in ("system", "user", "assistant"):
+                raise RequestError(f"The chat template does not know the role {message['role']!r}", "messages")
+            ids += [START, *f"{message['role']}\n{message['content']}".encode(), END]
+        if continue_final_message:
+            return ids[:-1]
+        return [*ids, START, *b"assistant\n"] if add_generation_prompt else ids
+
+
+@dataclass
+class _Run:
+    """One choice on its way."""
+
+    index: int
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    sent: int = 0
+    done: bool = False
+
+
+class FakeEngine:
+    def __init__(self, config: EngineConfig | None = None, *, max_model_len: int = 256, step_s: float = 0.0):
+        self.config = config or EngineConfig()
+        self.tokenizer = FakeTokenizer()
+        self.max_model_len, self.step_s = max_model_len, step_s
+        self.model_name, self.model_path = self.config.served_model_name or "fake", "/models/fake"
+        self.default_params: dict[str, Any] = {}
+        self.vocab_size = VOCAB
+        self.healthy = True
+        self.closed = False
+        self.fail_at: int | None = None  # the token at which every request meets a dead engine
+        self.running: set[str] = set()
+        self.aborted: list[str] = []
+        self.served: list[Request] = []
+
+    def close(self) -> None:
+        self.closed = True
+        self.healthy = False
+
+    def check(self, request: Request) -> None:
+        params = request.params
+        asked = {"prompt": request.prompt_token_ids, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
+        for name, ids in asked.items():
+            if wrong := [t for t in ids if not 0 <= t < VOCAB]:
+                raise RequestError(f"{name} holds token {wrong[0]}, but the vocabulary has {VOCAB} tokens", name)
+        if not request.prompt_token_ids:
+            raise RequestError("The prompt is empty", "prompt")
+        if max(params.logprobs or 0, params.prompt_logprobs or 0) > self.config.max_logprobs:
+            raise RequestError(f"logprobs must be at most {self.config.max_logprobs}", "logprobs")
+
+    async def generate(self, request: Request):
+        self.check(request)
+        assert request.id not in self.running
+        self.running.add(request.id)
+        self.served.append(request)
+        runs = [_Run(index) for index in range(request.params.n)]
+        salt = len(self.served) if request.params.seed is None else request.params.seed
+        try:
+            first = True
+            while not all(run.done for run in runs):
+                await asyncio.sleep(self.step_s)
+                if self.fail_at is not None and len(runs[0].ids) >= self.fail_at:
+                    raise EngineDeadError("The engine has stopped")
+                steps = tuple(self._step(request, run, salt) for run in runs if not run.done)
+                finished = all(run.done for run in runs)
+                prompt_logprobs = self._prompt_logprobs(request) if first else None
+                first = False
+                yield Output(request.id, request.prompt, request.prompt_token_ids, steps, finished, prompt_logprobs)
+        finally:
+            self.running.discard(request.id)
+            if not all(run.done for run in runs):
+                self.aborted.append(request.id)
+
+    def _step(self, request: Request, run: _Run, salt: int) -> Completion:
+        params = request.params
+        token = _choose(request, run, salt)
+        run.ids.append(token)
+        end = _end(params, run, token)
+        if not (end and end[0] == "stop" and token == EOS):
+            run.text += self.tokenizer.decode([token], params.skip_special_tokens)
+        end = _stop_string(params, run) or end
+        run.done = end is not None
+        safe = len(run.text) if run.done else max(run.sent, len(run.text) - max((len(s) - 1 for s in params.stop), default=0))
+        text, run.sent = run.text[run.sent : safe], safe
+        logprobs = None if params.logprobs is None else (self._logprobs(token, params.logprobs),)
+        reason, what = end or (None, None)
+        return Completion(run.index, text, (token,), logprobs, reason, what)
+
+    def _logprobs(self, token: int, count: int) -> tuple[Logprob, ...]:
+        """The chosen token first, itself the likeliest; then letters in order; the last is as good as impossible."""
+        others = [97 + i if 97 + i != token else 122 for i in range(count - 1)]
+        likeliest = [Logprob(t, -0.5 - i, i + 1, self.tokenizer.token_text(t)) for i, t in enumerate([token, *others])]
+        if count > 3:
+            likeliest[-1] = Logprob(others[-1], float("-inf"), count, self.tokenizer.token_text(others[-1]))
+        return (likeliest[0], *likeliest[:count])
+
+    def _prompt_logprobs(self, request: Request) -> list | None:
+        count = request.params.prompt_logprobs
+        return None if count is None else [None, *(self._logprobs(t, count) for t in request.prompt_token_ids[1:])]
+
+
+def _choose(request: Request, run: _Run, salt: int) -> int:
+    params, position = request.params, len(run.ids)
+    bias, token = max(((bias, token) for token, bias in params.logit_bias.items()), default=(0, 0))
+    if bias > 0:
+        return token
+    if not params.ignore_eos and position >= max(ENDS_AFTER, params.min_tokens):
+        return EOS
+    way = (0, 0) if params.greedy else (salt, run.index)
+    return LETTERS[hashlib.sha256(repr((request.prompt_token_ids, way, position)).encode()).digest()[0] % len(LETTERS)]
+
+
+def _end(params: SamplingParams, run: _Run, token: int):
+    if token in params.stop_token_ids and len(run.ids) > params.min_tokens:
+        return "stop", token
+    if token == EOS and not params.ignore_eos:
+        return "stop", None
+    if params.max_tokens is not None and len(run.ids) >= params.max_tokens:
+        return "length", None
+    return None
+
+
+def _stop_string(params: SamplingParams, run: _Run):
+    found = [(at, stop) for stop in params.stop if (at := run.text.find(stop)) >= 0]
+    if not found:
+        return None
+    at, stop = min(found)
+    run.text = run.text[: at + len(stop) * params.include_stop_str_in_output]
+    return "stop", stop
