@@ -69,7 +69,13 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
         log.warning("mixture of experts: every expert runs for every token for now, so steps are slow")
     with phase("weights"), as_config_error():
         decoder = load_decoder(config, checkpoint, model, mesh, plan.dtype)
-    implementation = implementation_for(capability_of(devices[0]), head_dim=model.head_dim, dtype=plan.dtype, page_size=plan.page_size)
+    implementation = implementation_for(
+        capability_of(devices[0]),
+        head_dim=model.head_dim,
+        dtype=plan.dtype,
+        page_size=plan.page_size,
+        group=model.num_heads // model.num_kv_heads,
+    )
     with phase("KV cache"):
         runner = Runner(decoder, make_cache(plan, model, mesh), plan, mesh, implementation)
     log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)

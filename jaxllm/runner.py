@@ -153,7 +153,7 @@ class Runner:
             job(
                 f"step of {bucket.rows} rows, {bucket.chunk} prompt tokens" + (", scored" if bucket.scored else ""),
                 partial(self._steps.__setitem__, bucket),
-                partial(self._step, bucket),
+                jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")(partial(self._step, bucket)),
                 (self._params, self._cache, s.last_S, s.table_SP, np.zeros(packed_size(bucket), np.int32)),
                 (1, 2, 3),
                 (cache_out, whole, whole, whole, whole, whole, whole),
