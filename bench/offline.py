@@ -24,8 +24,8 @@ import numpy as np
 from bench import record, workloads
 from jaxllm import LLM, SamplingParams
 
-GREEDY = {"temperature": 0.0}
-SAMPLED = {"temperature": 0.7, "top_p": 0.9}
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, ignore_eos=True)
 
 
 class Bench:
@@ -62,16 +62,16 @@ class Bench:
 
     def warm_up(self) -> None:
         """Touches what a first request touches (pages, caches of the host) before anything is timed."""
-        for options in (GREEDY, SAMPLED):
-            self._seconds([workloads.DECODE_PROMPT] * 4, [16] * 4, options)
+        for how in (GREEDY, SAMPLED):
+            self._seconds([workloads.DECODE_PROMPT] * 4, [16] * 4, how)
 
     def _median(self, prompts: list[int], outputs: list[int]) -> float:
         return statistics.median(self._seconds(prompts, outputs, GREEDY) for _ in range(self._repeats))
 
-    def _seconds(self, prompts: list[int], outputs: list[int], options: dict[str, float]) -> float:
+    def _seconds(self, prompts: list[int], outputs: list[int], how: SamplingParams) -> float:
         """How long it takes until all requests, submitted at once, are answered. Lengths in tokens."""
         tokens = workloads.random_prompts(self._rng, prompts, self._vocab)
-        params = [SamplingParams(max_tokens=length, ignore_eos=True, **options) for length in outputs]
+        params = [how.with_defaults(max_tokens=length) for length in outputs]
         start = time.perf_counter()
         answers = self._llm.generate(tokens, params, use_tqdm=False)
         seconds = time.perf_counter() - start
