@@ -183,8 +183,8 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
     command = shlex.join(["python", "-m", "bench.offline", *argv])
-    if args.model not in workloads.SHAPES:  # a path is one machine's; its last part is enough to know the model by
-        command = command.replace(args.model, Path(args.model).name)
+    for path in (args.model, str(args.results)):  # a path is one machine's; its last part is enough to know the model by
+        command = command.replace(path, Path(path).name)
     with model_folder(args.model) as (folder, config):
         start = time.perf_counter()
         llm = LLM(model=folder, **engine_options(args))

@@ -119,7 +119,9 @@ def test_the_command_loads_a_shape_measures_and_keeps_rows(monkeypatch, tmp_path
         "block_size": 32,
     }
     [path] = tmp_path.glob("offline-*.json")
-    assert [row["batch"] for row in json.loads(path.read_text())["rows"]] == [1, 2]
+    kept = json.loads(path.read_text())
+    assert [row["batch"] for row in kept["rows"]] == [1, 2]
+    assert "--model qwen2.5-0.5b --load-format dummy" in kept["command"] and str(tmp_path) not in kept["command"]
     assert capsys.readouterr().out.count("decode_step_ms") == 2
 
 
