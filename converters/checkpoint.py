@@ -45,8 +45,8 @@ def open_checkpoint(folder: Path, *, load_format: str = "auto", hf_overrides: Ma
     if load_format != "dummy":
         family = _family(hf)
         tensors = rename(stored_tensors(folder, load_format), family.names, family.defaults | hf)
-        if "lm_head.weight" not in config.parts:
-            tensors.pop("lm_head.weight", None)  # tied: a second copy of the embeddings, which Hugging Face ignores too
+        if "lm_head.weight" not in config.parts and (head := tensors.pop("lm_head.weight", None)):
+            tensors.setdefault("embed.weight", head)  # tied: one of the two is enough, and the embeddings win, as at Hugging Face
         check(tensors, config)
     generation = folder / "generation_config.json"
     return Checkpoint(config, tensors, _dtype(hf, tensors), hf, folder, _json(generation) if generation.exists() else {})

@@ -164,7 +164,7 @@ def _config(
     parts: set[str],
     *,
     kinds: list[str] | None = None,
-    ropes: Mapping[str, Rope] | None = None,
+    ropes: Mapping[str, Rope | None] | None = None,
     experts: Callable[[int], Experts | None] = lambda i: None,
     **differences: Any,
 ) -> ModelConfig:
@@ -291,8 +291,10 @@ def phi(c: Read) -> ModelConfig:
 
 
 def phi3(c: Read) -> ModelConfig:
-    if (scaling := c.get("rope_scaling")) and scaling.get("type") in ("su", "yarn"):  # longrope's first names, in Phi-3 only
-        c["rope_scaling"] = scaling | {"rope_type": "longrope"}
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = c.get(key) or {}
+        if (scaling.get("rope_type") or scaling.get("type")) in ("su", "yarn"):  # longrope's first names, in Phi-3 only
+            c[key] = scaling | {"rope_type": "longrope"}
     return _config(c, GATED, kinds=_one_kind(c, slides=bool(c["sliding_window"])))
 
 
@@ -333,7 +335,7 @@ def opt(c: Read) -> ModelConfig:
     return _config(
         c,
         norms | biases | {"positions.weight"},
-        ropes={FULL: None},  # type: ignore[dict-item]  positions are learned
+        ropes={FULL: None},  # positions are learned
         d_ff=c["ffn_dim"],
         norm="layer",
         norm_eps=1e-5,

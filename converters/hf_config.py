@@ -7,18 +7,18 @@ program is in HARMLESS; a key there is a promise that it cannot change a logit.
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-HARMLESS = frozenset(
-    # training
-    "activation_dropout attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout init_std initializer_range "
-    "layerdrop pretraining_tp resid_pdrop output_router_logits router_aux_loss_coef router_jitter_noise "
-    # bookkeeping
-    "_commit_hash _name_or_path architectures auto_map model_type transformers_version use_cache cache_implementation prefix "
-    "bos_token_id eos_token_id pad_token_id dtype torch_dtype _attn_implementation _attn_implementation_autoset is_decoder "
-    "id2label label2id num_labels return_dict problem_type task_specific_params tokenizer_class unsloth_fixed unsloth_version "
-    "chunk_size_feed_forward output_attentions output_hidden_states keys_to_ignore_at_inference "
-    # read through another key: layer_types says the same
-    "_sliding_window_pattern".split()
-)
+_TRAINING = """
+    activation_dropout attention_dropout attn_pdrop classifier_dropout dropout embd_pdrop hidden_dropout init_std initializer_range
+    layerdrop output_router_logits pretraining_tp resid_pdrop router_aux_loss_coef router_jitter_noise
+"""
+_BOOKKEEPING = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures auto_map bos_token_id cache_implementation
+    chunk_size_feed_forward dtype eos_token_id id2label is_decoder keys_to_ignore_at_inference label2id model_type num_labels
+    output_attentions output_hidden_states pad_token_id prefix problem_type return_dict task_specific_params tokenizer_class torch_dtype
+    transformers_version unsloth_fixed unsloth_version use_cache
+"""
+_SAID_TWICE = "_sliding_window_pattern"  # layer_types says the same
+HARMLESS = frozenset(f"{_TRAINING} {_BOOKKEEPING} {_SAID_TWICE}".split())
 
 
 class Read(dict):

@@ -44,10 +44,7 @@ def rename(stored: Mapping[str, Tensor], rules: Rules, config: Mapping[str, Any]
     stacks: dict[str, dict[int, Tensor]] = {}
     compiled = [(re.compile(pattern), rule) for pattern, rule in rules.items()]
     for name, tensor in stored.items():
-        match = rule = None
-        for pattern, rule in compiled:
-            if match := pattern.match(name):
-                break
+        match, rule = next(((match, rule) for pattern, rule in compiled if (match := pattern.match(name))), (None, None))
         if match is None:
             raise ValueError(f"the checkpoint has a tensor {name!r} of shape {tensor.shape}, which this family has no place for")
         rest = name[match.end() :]

@@ -115,9 +115,8 @@ class MoE(nnx.Module):
         self.gate = nnx.Param(w(f"{name}.experts.gate.weight", (e.count, e.d_ff, c.d_model), (None, "mlp", None)))
         self.up = nnx.Param(w(f"{name}.experts.up.weight", (e.count, e.d_ff, c.d_model), (None, "mlp", None)))
         self.down = nnx.Param(w(f"{name}.experts.down.weight", (e.count, c.d_model, e.d_ff), (None, None, "mlp")))
-        shared = e.shared_d_ff is not None
-        self.shared = MLP(w, name, e.shared_d_ff, c) if shared else None
-        self.shared_gate = Linear(w, f"{name}.shared_gate", 1, c.d_model, (None, None)) if shared else None
+        self.shared = MLP(w, name, e.shared_d_ff, c) if e.shared_d_ff else None
+        self.shared_gate = Linear(w, f"{name}.shared_gate", 1, c.d_model, (None, None)) if e.shared_d_ff else None
         self.act, self.experts = c.act, e
 
     def __call__(self, x_ND: jax.Array) -> jax.Array:

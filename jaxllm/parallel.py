@@ -48,7 +48,8 @@ def _divided(mesh: Mesh, axis: str | None, size: int, shape: tuple[int, ...]) ->
 
 def check(mesh: Mesh, config: ModelConfig) -> None:
     """Raises ConfigError unless every device gets whole heads and an equal part of each MLP."""
-    hidden = {e.d_ff for layer in config.layers if (e := layer.experts)} | {config.d_ff} - {0}
+    dense = {config.d_ff for layer in config.layers if layer.experts is None}
+    hidden = dense | {size for layer in config.layers if (e := layer.experts) for size in (e.d_ff, e.shared_d_ff) if size}
     parts = [("heads", config.num_heads, "attention heads"), ("kv", config.num_kv_heads, "key/value heads")]
     for axis, count, what in parts + [("mlp", size, "MLP features") for size in sorted(hidden)]:
         if count % (n := shards(mesh, axis)):

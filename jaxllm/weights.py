@@ -93,7 +93,7 @@ def _copy(copy: tuple[np.ndarray, np.ndarray]) -> int:
 class RandomWeights:
     """Arrays nobody trained: N(0, 0.02²), norms the identity, so that activations stay in range. Made on the devices.
 
-    `shapes` as from tensor_shapes; `norm_bias` as in ModelConfig. The same seed gives the same arrays, whatever the mesh.
+    `shapes` as from tensor_shapes; `norm_bias` as in ModelConfig. The same seed gives the same network, whatever the mesh.
     """
 
     def __init__(self, shapes: Mapping[str, Shape], mesh: Mesh, dtype, seed: int = 0, *, norm_bias: float = 0.0):
@@ -113,19 +113,31 @@ class RandomWeights:
         where = parallel.sharding(self.mesh, axes, shape)
         if part in NORMS:
             return _constant(shape, self.dtype, where)(self._one if kind == "weight" else 0.0)
-        return _normal(shape, self.dtype, where)(jax.random.fold_in(self._key, zlib.crc32(name.encode())))
+        return _normal((shape,), 1, self.dtype, where)([self._key_of(name)])
 
     def fused(self, names: Sequence[str], shapes: Sequence[Shape], axes: Axes) -> jax.Array:
         if [self.shapes[name] for name in names] != list(shapes):
             raise ValueError(f"{names} are {[self.shapes[name] for name in names]} by the config, but the model asks for {shapes}")
-        shape = _fused_shape(shapes)
-        where = parallel.sharding(self.mesh, axes, shape)
-        return _normal(shape, self.dtype, where)(jax.random.fold_in(self._key, zlib.crc32(names[0].encode())))
+        where = parallel.sharding(self.mesh, axes, _fused_shape(shapes))
+        keys = [self._key_of(name) for name in names]
+        return _normal(tuple(shapes), parallel.shards(self.mesh, axes[0]), self.dtype, where)(keys)
+
+    def _key_of(self, name: str) -> jax.Array:
+        return jax.random.fold_in(self._key, zlib.crc32(name.encode()))
 
 
 @lru_cache
-def _normal(shape: Shape, dtype: jnp.dtype, where: NamedSharding):
-    return jax.jit(lambda key: jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype), out_shardings=where)
+def _normal(shapes: tuple[Shape, ...], devices: int, dtype: jnp.dtype, where: NamedSharding):
+    """From a key a shape: those arrays, fused device by device."""
+
+    def make(keys: list[jax.Array]) -> jax.Array:
+        parts = [jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype) for key, shape in zip(keys, shapes, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        by_device = [part.reshape(devices, -1, *part.shape[1:]) for part in parts]
+        return jnp.concatenate(by_device, axis=1).reshape(_fused_shape(shapes))
+
+    return jax.jit(make, out_shardings=where)
 
 
 @lru_cache

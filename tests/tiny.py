@@ -1,5 +1,6 @@
 """The golden checkpoints (tests/goldens, made by make_family_goldens.py) and our logits for them."""
 
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,6 +17,8 @@ GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
 TOKENS = np.load(GOLDENS / "tokens.npy")
 
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is most of what these tests do
+
 
 def decoder(name: str, devices: int = 1, dtype=jnp.float32) -> Decoder:
     checkpoint = open_checkpoint(GOLDENS / name)
@@ -28,7 +31,7 @@ def run(model: Decoder, tokens: np.ndarray = TOKENS) -> np.ndarray:
     graphdef, state = nnx.split(model)
     leaves, treedef = jax.tree.flatten(state)
 
-    @jax.jit
+    @partial(jax.jit, compiler_options=QUICK)
     def forward(leaves, tokens_N):
         model = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))
         hidden_ND, _ = model(tokens_N, jnp.arange(len(tokens_N)), None, DenseContext())
