@@ -18,8 +18,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from jaxllm import __version__
 from jaxllm.request import JaxllmError, Request, SamplingParams
-from serving import chat, completions, version
+from serving import chat, completions
 from serving.options import ServerOptions
 from serving.protocol import ApiError, ChatBody, CompletionBody, EngineLike, SamplingBody, check_model, parse
 from serving.stream import Answer, ClientGone, error_of, json_response, respond
@@ -37,7 +38,7 @@ def build_app(engine: EngineLike, options: ServerOptions) -> FastAPI:
         log.info("first request: %.2f s", time.perf_counter() - start)
         yield
 
-    app = FastAPI(title="jaxllm", version=version(), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(title="jaxllm", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(KeyCheck, api_key=options.api_key)
     _add_errors(app)
     _add_facts(app, engine)
@@ -47,7 +48,8 @@ def build_app(engine: EngineLike, options: ServerOptions) -> FastAPI:
 
 async def first_request(engine: EngineLike) -> None:
     """One token, through everything that a client's request goes through."""
-    prompt = engine.tokenizer.encode("Hello")[: engine.max_model_len - 1] or [0]
+    text = [] if engine.tokenizer is None else engine.tokenizer.encode("Hello")[: engine.max_model_len - 1]
+    prompt = text or [0]
     async with aclosing(engine.generate(Request("first-request", tuple(prompt), SamplingParams(max_tokens=1, temperature=0.0)))) as outputs:
         async for _ in outputs:
             pass
@@ -85,7 +87,7 @@ def _add_facts(app: FastAPI, engine: EngineLike) -> None:
 
     @app.get("/version")
     async def version_route() -> Response:
-        return json_response({"version": version()})
+        return json_response({"version": __version__})
 
 
 def _permission(model: str, created: int) -> dict:
@@ -107,7 +109,7 @@ def _permission(model: str, created: int) -> dict:
 
 def _add_generation(app: FastAPI, engine: EngineLike, options: ServerOptions) -> None:
     # Two servers that answer alike share it: the version and every option that could change an answer.
-    fingerprint = f"jaxllm-{version()}-{hashlib.sha256(repr(engine.config).encode()).hexdigest()[:8]}"
+    fingerprint = f"jaxllm-{__version__}-{hashlib.sha256(repr(engine.config).encode()).hexdigest()[:8]}"
     ignored_fields = IgnoredFields()
 
     async def answer[Body: SamplingBody](

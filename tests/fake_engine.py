@@ -32,6 +32,9 @@ class FakeTokenizer:
     def token_text(self, token: int) -> str:
         return self.decode([token], skip_special_tokens=False)
 
+    def token_bytes(self, token: int) -> bytes:
+        return SPECIAL[token].encode() if token >= 256 else bytes([token])
+
     def chat(self, messages: list[dict], add_generation_prompt: bool = True, continue_final_message: bool = False) -> list[int]:
         ids = [BOS]
         for message in messages:

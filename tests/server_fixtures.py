@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
+from fake_engine import FakeEngine
 
 from jaxllm.config import EngineConfig
 from serving.app import build_app
 from serving.cli import bind
 from serving.options import ServerOptions
-from fake_engine import FakeEngine
 
 ENGINES = ["fake"] + ["real"] * (importlib.util.find_spec("jaxllm.engine") is not None)
 
