@@ -138,10 +138,8 @@ class ChatAnswer:
         """OpenAI's chat logprobs: each chosen token with the likeliest ones beside it."""
         if completion.logprobs is None:
             return None
-        entries = [
-            self._token(chosen) | {"top_logprobs": [self._token(t) for t in likeliest]} for chosen, *likeliest in completion.logprobs
-        ]
-        return {"content": entries, "refusal": None}
+        content = [self._token(chosen) | {"top_logprobs": [self._token(t) for t in top]} for chosen, *top in completion.logprobs]
+        return {"content": content, "refusal": None}
 
     def _token(self, logprob: Logprob) -> dict:
         # A token may be a part of a character: then only its bytes are exact.

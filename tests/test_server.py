@@ -290,7 +290,5 @@ def test_one_bad_prompt_refuses_all(client, served, name):
 
 
 def test_health_and_version(served):
-    import httpx
-
-    assert httpx.get(f"{served.url}/health").status_code == 200
-    assert httpx.get(f"{served.url}/version").json()["version"]
+    assert served.http.get("/health").status_code == 200
+    assert served.http.get("/version").json()["version"]
