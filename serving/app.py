@@ -14,15 +14,17 @@ from contextlib import aclosing, asynccontextmanager
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from jaxllm.request import JaxllmError, Request, SamplingParams
-from serving import chat, completions, version
+from jaxllm import __version__
+from jaxllm.request import Request, SamplingParams
+from serving import chat, completions
 from serving.options import ServerOptions
 from serving.protocol import ApiError, ChatBody, CompletionBody, EngineLike, SamplingBody, check_model, parse
-from serving.stream import Answer, ClientGone, error_of, json_response, respond
+from serving.stream import UNFORESEEN, Answer, ClientGone, error_of, json_response, respond
 
 log = logging.getLogger("jaxllm.server")
 
@@ -37,7 +39,7 @@ def build_app(engine: EngineLike, options: ServerOptions) -> FastAPI:
         log.info("first request: %.2f s", time.perf_counter() - start)
         yield
 
-    app = FastAPI(title="jaxllm", version=version(), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(title="jaxllm", version=__version__, lifespan=lifespan, redirect_slashes=False)
     app.add_middleware(KeyCheck, api_key=options.api_key)
     _add_errors(app)
     _add_facts(app, engine)
@@ -47,7 +49,8 @@ def build_app(engine: EngineLike, options: ServerOptions) -> FastAPI:
 
 async def first_request(engine: EngineLike) -> None:
     """One token, through everything that a client's request goes through."""
-    prompt = engine.tokenizer.encode("Hello")[: engine.max_model_len - 1] or [0]
+    text = [] if engine.tokenizer is None else engine.tokenizer.encode("Hello")[: engine.max_model_len - 1]
+    prompt = text or [0]
     async with aclosing(engine.generate(Request("first-request", tuple(prompt), SamplingParams(max_tokens=1, temperature=0.0)))) as outputs:
         async for _ in outputs:
             pass
@@ -85,7 +88,7 @@ def _add_facts(app: FastAPI, engine: EngineLike) -> None:
 
     @app.get("/version")
     async def version_route() -> Response:
-        return json_response({"version": version()})
+        return json_response({"version": __version__})
 
 
 def _permission(model: str, created: int) -> dict:
@@ -107,19 +110,24 @@ def _permission(model: str, created: int) -> dict:
 
 def _add_generation(app: FastAPI, engine: EngineLike, options: ServerOptions) -> None:
     # Two servers that answer alike share it: the version and every option that could change an answer.
-    fingerprint = f"jaxllm-{version()}-{hashlib.sha256(repr(engine.config).encode()).hexdigest()[:8]}"
+    fingerprint = f"jaxllm-{__version__}-{hashlib.sha256(repr(engine.config).encode()).hexdigest()[:8]}"
     ignored_fields = IgnoredFields()
 
     async def answer[Body: SamplingBody](
         http: HttpRequest, kind: type[Body], prepare: Callable[[EngineLike, Body, str], Awaitable[Answer]]
     ) -> Response:
-        _check_content_type(http)
-        body, ignored = parse(kind, await http.body())
-        check_model(engine, body.model)
-        work = await prepare(engine, body, fingerprint)
-        response = await respond(
-            http, engine, work, stream=bool(body.stream), include_usage=body.include_usage, logged=options.enable_log_requests
-        )
+        try:
+            _check_content_type(http)
+            body, ignored = parse(kind, await http.body())
+            check_model(engine, body.model)
+            work = await prepare(engine, body, fingerprint)
+            response = await respond(
+                http, engine, work, stream=bool(body.stream), include_usage=body.include_usage, logged=options.enable_log_requests
+            )
+        except (ClientGone, ClientDisconnect):
+            return Response(status_code=499)  # nobody reads it; nginx's number for the same
+        except Exception as error:
+            return _told(error_of(error))
         if ignored:
             response.headers["x-jaxllm-ignored-fields"] = ignored_fields.note(ignored, http.url.path)
         return response
@@ -158,27 +166,24 @@ class IgnoredFields:
 
 def _add_errors(app: FastAPI) -> None:
     async def api_error(http: HttpRequest, error: Exception) -> Response:
-        told = error_of(error)
-        return json_response(told.body, told.status)
+        return _told(error_of(error))
 
     async def http_error(http: HttpRequest, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         known = {404: f"There is no route {http.method} {http.url.path}", 405: f"{http.url.path} does not take {http.method}"}
-        told = ApiError(error.status_code, known.get(error.status_code, str(error.detail)))
-        return json_response(told.body, told.status, dict(error.headers or {}))
-
-    async def client_gone(http: HttpRequest, error: Exception) -> Response:
-        return Response(status_code=499)  # nobody reads it; nginx's number for the same
+        return _told(ApiError(error.status_code, known.get(error.status_code, str(error.detail))), dict(error.headers or {}))
 
     async def unforeseen(http: HttpRequest, error: Exception) -> Response:
-        # The traceback is logged by uvicorn, to which Starlette raises the error again once this is sent.
-        return json_response(ApiError(500, "The server failed to answer this request; its log says why").body, 500)
+        # Logged by uvicorn, to which Starlette raises the error again once this is sent.
+        return _told(ApiError(500, UNFORESEEN))
 
     app.add_exception_handler(ApiError, api_error)
-    app.add_exception_handler(JaxllmError, api_error)
     app.add_exception_handler(HTTPException, http_error)
-    app.add_exception_handler(ClientGone, client_gone)
     app.add_exception_handler(Exception, unforeseen)
+
+
+def _told(error: ApiError, headers: dict[str, str] | None = None) -> Response:
+    return json_response(error.body, error.status, headers)
 
 
 class KeyCheck:
@@ -192,7 +197,7 @@ class KeyCheck:
         if self._key is None or scope["type"] == "lifespan" or scope["path"] == "/health" or _carries(scope, self._key):
             return await self._app(scope, receive, send)
         error = ApiError(401, "The API key is missing or wrong: send it as Authorization: Bearer KEY", code="invalid_api_key")
-        await json_response(error.body, 401, {"www-authenticate": "Bearer"})(scope, receive, send)
+        await _told(error, {"www-authenticate": "Bearer"})(scope, receive, send)
 
 
 def _carries(scope: Scope, key: bytes) -> bool:

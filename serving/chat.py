@@ -8,21 +8,12 @@ from collections.abc import AsyncGenerator
 from typing import Any
 from uuid import uuid4
 
-from jaxllm.request import Completion, Logprob, Output, Request, RequestError, TokenLogprobs
-from serving.protocol import ChatBody, EngineLike, finite, fit, off_loop, prompt_logprobs_body, sampling_params
+from jaxllm.request import Completion, Logprob, Output, Request, RequestError
+from serving.protocol import ChatBody, EngineLike, finite, fit, off_loop, prompt_logprobs_body, sampling_params, tokenizer_of
 from serving.stream import Frame, encode
 
-# What `chat_template_kwargs` may not set: these decide which text is encoded, not how the template looks.
-_RESERVED = {
-    "messages",
-    "conversation",
-    "chat_template",
-    "tokenize",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tools",
-    "documents",
-}
+# What `chat_template_kwargs` may not set: names that have a meaning to us, not to the template.
+_RESERVED = {"self", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "tools", "documents"}
 
 
 def parse_messages(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -58,9 +49,9 @@ def _parse_content(content: Any, role: str, where: str) -> str:
 async def prepare(engine: EngineLike, body: ChatBody, fingerprint: str) -> "ChatAnswer":
     """Everything checked and encoded, nothing started. Raises ApiError or RequestError."""
     messages = parse_messages(body.messages)
-    options = _template_options(body)
+    tokenizer, options = tokenizer_of(engine), _template_options(body)
     size = sum(len(message["content"]) for message in messages)
-    ids = await off_loop(size, lambda: engine.tokenizer.chat(messages, **options))
+    ids = await off_loop(size, lambda: tokenizer.chat(messages, **options))
     params = sampling_params(engine, body, fit(engine, len(ids), _max_tokens(engine, body)), _logprobs(body))
     answer = ChatAnswer(engine, body, fingerprint)
     request = Request(answer.id, tuple(ids), params)
@@ -99,7 +90,7 @@ class ChatAnswer:
     def __init__(self, engine: EngineLike, body: ChatBody, fingerprint: str):
         self.id = f"chatcmpl-{uuid4().hex}"
         self.requests: list[Request] = []
-        self._body = body
+        self._body, self._tokenizer = body, engine.tokenizer
         self._head = {
             "id": self.id,
             "object": "chat.completion.chunk" if body.stream else "chat.completion",
@@ -123,7 +114,7 @@ class ChatAnswer:
         return {
             "index": completion.index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
-            "logprobs": logprobs_body(completion.logprobs),
+            "logprobs": self._logprobs(completion),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
@@ -134,7 +125,7 @@ class ChatAnswer:
         return b"".join(self._frame.choice(f'{{"index":{j},{start}}}') for j in range(self._body.n or 1))
 
     def event(self, i: int, completion: Completion) -> bytes:
-        logprobs = "null" if completion.logprobs is None else encode(logprobs_body(completion.logprobs))
+        logprobs = "null" if completion.logprobs is None else encode(self._logprobs(completion))
         end = "null" if completion.finish_reason is None else f'"{completion.finish_reason}","stop_reason":{encode(completion.stop_reason)}'
         return self._frame.choice(
             f'{{"index":{completion.index},"delta":{{"content":{encode(completion.text)}}},"logprobs":{logprobs},"finish_reason":{end}}}'
@@ -143,14 +134,13 @@ class ChatAnswer:
     def usage_event(self, usage: dict) -> bytes:
         return self._frame.usage(usage)
 
+    def _logprobs(self, completion: Completion) -> dict | None:
+        """OpenAI's chat logprobs: each chosen token with the likeliest ones beside it."""
+        if completion.logprobs is None:
+            return None
+        content = [self._token(chosen) | {"top_logprobs": [self._token(t) for t in top]} for chosen, *top in completion.logprobs]
+        return {"content": content, "refusal": None}
 
-def logprobs_body(entries: tuple[TokenLogprobs, ...] | None) -> dict | None:
-    """OpenAI's chat logprobs: each chosen token with the likeliest ones beside it."""
-    if entries is None:
-        return None
-    content = [{**_token(chosen), "top_logprobs": [_token(other) for other in likeliest]} for chosen, *likeliest in entries]
-    return {"content": content, "refusal": None}
-
-
-def _token(logprob: Logprob) -> dict:
-    return {"token": logprob.text, "logprob": finite(logprob), "bytes": list(logprob.text.encode())}
+    def _token(self, logprob: Logprob) -> dict:
+        # A token may be a part of a character: then only its bytes are exact.
+        return {"token": logprob.text, "logprob": finite(logprob), "bytes": list(self._tokenizer.token_bytes(logprob.token_id))}

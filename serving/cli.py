@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NoReturn
 
+from jaxllm import __version__
 from jaxllm.config import EngineConfig
 from jaxllm.request import ConfigError, JaxllmError
-from serving import options, version
+from serving import options
 
 if TYPE_CHECKING:
     from serving.protocol import EngineLike
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None, *, make_engine: "Callable[[EngineCon
     if command in ("-h", "--help"):
         print(USAGE, end="")
     elif command in ("-V", "--version"):
-        print(f"jaxllm {version()}")
+        print(f"jaxllm {__version__}")
     elif command == "serve":
         return serve(rest, make_engine or _make_engine)
     elif command == "bench":

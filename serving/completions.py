@@ -4,14 +4,14 @@
 """
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
 from uuid import uuid4
 
 from jaxllm.request import Completion, Output, Request, RequestError, TokenLogprobs
-from serving.protocol import CompletionBody, EngineLike, finite, fit, off_loop, prompt_logprobs_body, sampling_params
+from serving.protocol import CompletionBody, EngineLike, finite, fit, off_loop, prompt_logprobs_body, sampling_params, tokenizer_of
 from serving.stream import Frame, encode
 
 MAX_PROMPTS = 1024  # in one request
@@ -40,6 +40,8 @@ async def prepare(engine: EngineLike, body: CompletionBody, fingerprint: str) ->
     n = body.n or 1
     if body.best_of is not None and body.best_of != n:
         raise RequestError(f"`best_of` must equal `n`, but {body.best_of} != {n}: this server returns every choice it makes", "best_of")
+    if body.echo:
+        tokenizer_of(engine)  # which says the prompt's text
     answer = CompletionAnswer(engine, body, fingerprint)
     for i, prompt in enumerate(parse_prompt(body.prompt)):
         ids = await _encode(engine, body, prompt)
@@ -52,8 +54,9 @@ async def prepare(engine: EngineLike, body: CompletionBody, fingerprint: str) ->
 async def _encode(engine: EngineLike, body: CompletionBody, prompt: str | list[int]) -> tuple[int, ...]:
     if not isinstance(prompt, str):
         return tuple(prompt)
+    tokenizer = tokenizer_of(engine)
     special = body.add_special_tokens is not False
-    return tuple(await off_loop(len(prompt), lambda: engine.tokenizer.encode(prompt, add_special_tokens=special)))
+    return tuple(await off_loop(len(prompt), lambda: tokenizer.encode(prompt, add_special_tokens=special)))
 
 
 def _params(engine: EngineLike, body: CompletionBody, prompt_tokens: int):
@@ -95,7 +98,7 @@ class CompletionAnswer:
         index = i * self._n + completion.index
         entries, ids = completion.logprobs, completion.token_ids
         if self._body.echo and self._body.logprobs is not None:
-            entries, ids = (*(output.prompt_logprobs or ()), *(entries or ())), output.prompt_token_ids + ids
+            entries, ids = (*_prompt_entries(output), *(entries or ())), output.prompt_token_ids + ids
         choice = {
             "index": index,
             "text": (self._echo(output) if self._body.echo else "") + completion.text,
@@ -111,7 +114,7 @@ class CompletionAnswer:
         """With `echo`, the prompt as the first event of every choice."""
         if not self._body.echo:
             return b""
-        entries = output.prompt_logprobs if self._body.logprobs is not None else None
+        entries = _prompt_entries(output) if self._body.logprobs is not None else None
         echo = Completion(text=self._echo(output))
         return b"".join(self._event(i * self._n + j, echo, entries, output.prompt_token_ids) for j in range(self._n))
 
@@ -134,7 +137,7 @@ class CompletionAnswer:
             return output.prompt
         return self._tokenizer.decode(list(output.prompt_token_ids), skip_special_tokens=self._body.skip_special_tokens is not False)
 
-    def _logprobs(self, index: int, entries: tuple[TokenLogprobs | None, ...] | None, ids: tuple[int, ...]) -> dict | None:
+    def _logprobs(self, index: int, entries: Sequence[TokenLogprobs | None] | None, ids: tuple[int, ...]) -> dict | None:
         """OpenAI's four lists; `text_offset` counts characters of token texts from the choice's beginning."""
         if entries is None or self._body.logprobs is None:
             return None
@@ -157,6 +160,10 @@ class CompletionAnswer:
         for logprob in (*entry[1 : 1 + (self._body.logprobs or 0)], entry[0]):
             top.setdefault(logprob.text, finite(logprob))
         return top
+
+
+def _prompt_entries(output: Output) -> Sequence[TokenLogprobs | None]:
+    return output.prompt_logprobs or (None,)  # an engine has nothing to say about a prompt of one token
 
 
 async def _prompt_only(stream: AsyncGenerator[Output, None]) -> AsyncGenerator[Output, None]:

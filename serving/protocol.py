@@ -7,14 +7,14 @@ the engine can judge (the vocabulary, the largest logprobs) is left to `engine.c
 
 import asyncio
 import reprlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from jaxllm.config import EngineConfig
-from jaxllm.request import Logprob, Output, Request, RequestError, SamplingParams, TokenLogprobs
+from jaxllm.request import Logprob, Request, RequestError, SamplingParams, TokenLogprobs
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 _ERROR_TYPES = {
@@ -47,7 +47,7 @@ class EngineLike(Protocol):
     @property
     def healthy(self) -> bool: ...
     def check(self, request: Request) -> None: ...
-    def generate(self, request: Request) -> AsyncGenerator[Output, None]: ...
+    def generate(self, request: Request) -> Any: ...  # an async generator of Output; closing it aborts the request
     def close(self) -> None: ...
 
 
@@ -264,6 +264,13 @@ def _stop_strings(stop: Any) -> tuple[str, ...]:
     if len(strings) > MAX_STOP:
         raise RequestError(f"`stop` holds {len(strings)} strings; at most {MAX_STOP} are allowed", "stop")
     return tuple(strings)
+
+
+def tokenizer_of(engine: EngineLike) -> Any:
+    """The engine's tokenizer. Raises RequestError if it runs without one."""
+    if engine.tokenizer is None:
+        raise RequestError("This model was loaded without a tokenizer: send token ids to /v1/completions", "prompt")
+    return engine.tokenizer
 
 
 async def off_loop[T](size: int, work: Callable[[], T]) -> T:

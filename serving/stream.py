@@ -26,6 +26,7 @@ log = logging.getLogger("jaxllm.server")
 # Compact, and text as UTF-8 rather than \u escapes. allow_nan=False: NaN is not JSON, and no client could read it.
 encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 
+UNFORESEEN = "The server failed to answer this request; its log says why"
 DONE = b"data: [DONE]\n\n"
 SSE_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -108,7 +109,7 @@ def error_of(error: Exception) -> ApiError:
     if isinstance(error, EngineDeadError):
         return ApiError(503, str(error) or "The engine has stopped")
     log.error("request failed", exc_info=error)
-    return ApiError(500, "The server failed to answer this request; its log says why")
+    return ApiError(500, UNFORESEEN)
 
 
 def _error_event(error: Exception) -> bytes:

@@ -32,7 +32,10 @@ class FakeTokenizer:
     def token_text(self, token: int) -> str:
         return self.decode([token], skip_special_tokens=False)
 
-    def chat(self, messages: list[dict], add_generation_prompt: bool = True, continue_final_message: bool = False) -> list[int]:
+    def token_bytes(self, token: int) -> bytes:
+        return SPECIAL[token].encode() if token >= 256 else bytes([token])
+
+    def chat(self, messages: list[dict], add_generation_prompt: bool = True, continue_final_message: bool = False, **_) -> list[int]:
         ids = [BOS]
         for message in messages:
             if message["role"] not in ("system", "user", "assistant"):
@@ -81,8 +84,9 @@ class FakeEngine:
                 raise RequestError(f"{name} holds token {wrong[0]}, but the vocabulary has {VOCAB} tokens", name)
         if not request.prompt_token_ids:
             raise RequestError("The prompt is empty", "prompt")
-        if max(params.logprobs or 0, params.prompt_logprobs or 0) > self.config.max_logprobs:
-            raise RequestError(f"logprobs must be at most {self.config.max_logprobs}", "logprobs")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.config.max_logprobs:
+                raise RequestError(f"{name} must be at most {self.config.max_logprobs}", name)
 
     async def generate(self, request: Request):
         self.check(request)

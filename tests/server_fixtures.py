@@ -13,12 +13,12 @@ from typing import Any
 import httpx
 import openai
 import uvicorn
+from fake_engine import FakeEngine
 
 from jaxllm.config import EngineConfig
 from serving.app import build_app
 from serving.cli import bind
 from serving.options import ServerOptions
-from fake_engine import FakeEngine
 
 ENGINES = ["fake"] + ["real"] * (importlib.util.find_spec("jaxllm.engine") is not None)
 
@@ -36,6 +36,7 @@ def make_engine(kind: str) -> Any:
 class Served:
     engine: Any
     port: int
+    http: httpx.Client
     key: str | None = None
 
     @property
@@ -46,7 +47,7 @@ class Served:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key or self.key or "any", max_retries=0, timeout=30)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=30, **options)
+        return self.http.post(path, json=body, **options)
 
     def events(self, path: str, body: dict) -> list[str]:
         """The data of every server-sent event of the answer."""
@@ -77,7 +78,9 @@ def serving(engine: Any, options: ServerOptions | None = None) -> Iterator[Serve
     try:
         wait_until(lambda: server.started or not thread.is_alive(), 120)
         assert server.started
-        yield Served(engine, listener.getsockname()[1], options.api_key)
+        port = listener.getsockname()[1]
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, limits=httpx.Limits(max_connections=None)) as http:
+            yield Served(engine, port, http, options.api_key)
     finally:
         server.should_exit = True
         thread.join(10)
