@@ -8,8 +8,14 @@ import os
 from pathlib import Path
 
 from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError  # fmt: skip
+from huggingface_hub.errors import (  # fmt: skip
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # configs, index, tokenizers (sentencepiece; vocab and merges), chat templates
 SAFETENSORS = ("*.safetensors",)

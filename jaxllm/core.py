@@ -8,7 +8,7 @@ is dropped. Every sequence ends exactly once, in `_end`.
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from jaxllm.batch import StepResult
@@ -42,13 +42,34 @@ class Runs(Protocol):
 
 
 @dataclass
+class _Answer:
+    """One continuation as it grows, and what of it was not told yet."""
+
+    sequence: Sequence
+    detokenizer: Detokenizer | None
+    text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    told: int = 0  # tokens
+
+    def news(self, reason: FinishReason | None = None, stop: str | int | None = None) -> Completion:
+        """What came since the last time."""
+        sequence = self.sequence
+        logprobs = None if sequence.params.logprobs is None else tuple(self.logprobs)
+        tokens = tuple(sequence.tokens[sequence.prompt_len + self.told :])
+        completion = Completion(sequence.index, "".join(self.text), tokens, logprobs, reason, stop)
+        self.told += len(tokens)
+        self.text.clear()
+        self.logprobs.clear()
+        return completion
+
+
+@dataclass
 class _Live:
-    """A running request: its sequences, their text, and who listens."""
+    """A running request, its answers, and who listens."""
 
     request: Request
     listener: Listener
-    sequences: list[Sequence]
-    texts: list[Detokenizer | None]
+    answers: list[_Answer]
     left: int
     prompt_logprobs: dict[int, TokenLogprobs] | None  # by place in the prompt, until they are all there and told
 
@@ -123,8 +144,8 @@ class Core:
         limit = longest if params.max_tokens is None else min(longest, len(request.prompt_token_ids) + params.max_tokens)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
         sequences = [Sequence(request, i, seed + i, limit, stop_ids) for i in range(params.n)]
-        texts = [self._tokenizer and Detokenizer(self._tokenizer, request.prompt_token_ids, params) for _ in sequences]
-        self._live[request.id] = _Live(request, listener, sequences, texts, params.n, None if params.prompt_logprobs is None else {})
+        answers = [_Answer(s, self._tokenizer and Detokenizer(self._tokenizer, request.prompt_token_ids, params)) for s in sequences]
+        self._live[request.id] = _Live(request, listener, answers, params.n, None if params.prompt_logprobs is None else {})
         self._counts["prompt_tokens"] += len(request.prompt_token_ids)
         for sequence in sequences:
             self._scheduler.add(sequence)
@@ -132,9 +153,9 @@ class Core:
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """Ends a request now and gives its pages back. Does nothing if it has ended already."""
         if (live := self._live.get(request_id)) is not None:
-            for sequence in live.sequences:
-                if not sequence.finished:
-                    self._end(live, sequence, "", (), None, reason)
+            for answer in live.answers:
+                if not answer.sequence.finished:
+                    self._end(live, answer, reason)
 
     def abort_all(self, reason: FinishReason) -> None:
         for request_id in list(self._live):
@@ -161,61 +182,71 @@ class Core:
             if result.prompt is not None:
                 self._keep_prompt_logprobs(live, row, result)
             if row.samples:
-                self._take_token(live, row.sequence, result.tokens[i], self._logprobs(row, i, result))
+                answer = live.answers[row.sequence.index]
+                if row.sequence.params.logprobs is not None:
+                    answer.logprobs.append(self._logprobs(row, i, result))
+                self._take_token(live, answer, result.tokens[i])
 
-    def _take_token(self, live: _Live, sequence: Sequence, token: int, logprobs: TokenLogprobs | None) -> None:
+    def _take_token(self, live: _Live, answer: _Answer, token: int) -> None:
+        sequence = answer.sequence
         sequence.tokens.append(token)
         sequence.pending -= 1
         self._counts["generation_tokens"] += 1
         if sequence.slot is not None:
             self._scheduler.publish(sequence)
-        text, reason, stop = self._text_of(live, sequence, token)
-        wanted = None if logprobs is None else (logprobs,)
+        reason, stop = self._extend(answer, token)
         if reason:
-            self._end(live, sequence, text, (token,), wanted, reason, stop)
-        else:
-            self._tell(live, Completion(sequence.index, text, (token,), wanted))
+            self._end(live, answer, reason, stop)
+        elif live.request.stream:
+            self._tell(live, answer.news())
 
-    def _text_of(self, live: _Live, sequence: Sequence, token: int) -> tuple[str, FinishReason | None, str | int | None]:
-        """The newly safe text, and whether and why this token is the last one."""
-        detokenizer = live.texts[sequence.index]
+    def _extend(self, answer: _Answer, token: int) -> tuple[FinishReason | None, str | int | None]:
+        """Adds the token's text; says whether and why it is the last one. An end token is no text."""
+        sequence, detokenizer = answer.sequence, answer.detokenizer
+        params = sequence.params
         if token in sequence.stop_ids:
-            named = token in sequence.params.stop_token_ids
-            text = detokenizer.push([token]) if detokenizer and named and sequence.params.include_stop_str_in_output else ""
-            return text + (detokenizer.finish() if detokenizer else ""), "stop", token if named else None
-        text = detokenizer.push([token]) if detokenizer else ""
-        if detokenizer and detokenizer.stopped is not None:
-            return text, "stop", detokenizer.stopped
-        if len(sequence.tokens) >= sequence.limit:
-            return text + (detokenizer.finish() if detokenizer else ""), "length", None
-        return text, None, None
+            named = token in params.stop_token_ids
+            if detokenizer:
+                if named and params.include_stop_str_in_output:
+                    answer.text.append(detokenizer.push([token]))
+                answer.text.append(detokenizer.finish())
+            return "stop", token if named else None
+        if detokenizer:
+            answer.text.append(detokenizer.push([token]))
+            if detokenizer.stopped is not None:
+                return "stop", detokenizer.stopped
+        if len(sequence.tokens) < sequence.limit:
+            return None, None
+        if detokenizer:
+            answer.text.append(detokenizer.finish())
+        return "length", None
 
     # ------------------------------------------------------------------ telling
 
-    def _end(self, live: _Live, sequence: Sequence, text: str, tokens: tuple[int, ...], logprobs, reason: FinishReason, stop=None) -> None:
-        self._scheduler.finish(sequence)
+    def _end(self, live: _Live, answer: _Answer, reason: FinishReason, stop: str | int | None = None) -> None:
+        self._scheduler.finish(answer.sequence)
         live.left -= 1
         if not live.left:
             del self._live[live.request.id]
-        self._tell(live, Completion(sequence.index, text, tokens, logprobs, reason, stop))
+        self._tell(live, answer.news(reason, stop))
 
     def _tell(self, live: _Live, completion: Completion) -> None:
         request = live.request
-        output = Output(
-            request.id,
-            request.prompt,
-            request.prompt_token_ids,
-            (completion,),
-            finished=not live.left,
-            prompt_logprobs=self._whole_prompt_logprobs(live),
-            num_cached_tokens=live.sequences[0].cached,
+        live.listener(
+            Output(
+                request.id,
+                request.prompt,
+                request.prompt_token_ids,
+                (completion,),
+                finished=not live.left,
+                prompt_logprobs=self._whole_prompt_logprobs(live),
+                num_cached_tokens=live.answers[0].sequence.cached,
+            )
         )
-        live.listener(output)
 
-    def _logprobs(self, row: Row, i: int, result: StepResult) -> TokenLogprobs | None:
-        wanted = row.sequence.params.logprobs
-        if wanted is None or result.logprobs is None:
-            return None
+    def _logprobs(self, row: Row, i: int, result: StepResult) -> TokenLogprobs:
+        assert result.logprobs is not None
+        wanted = row.sequence.params.logprobs or 0
         chosen, rank, values, ids = result.logprobs
         return self._top(result.tokens[i], chosen[i], rank[i], values[i], ids[i], wanted)
 

@@ -87,10 +87,10 @@ class LLM:
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
         request_id = f"llm-{next(self._ids)}"
         if not isinstance(prompt, str):
-            return Request(request_id, tuple(int(i) for i in prompt), params)
+            return Request(request_id, tuple(int(i) for i in prompt), params, stream=False)
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer, and this engine runs without one; give token ids")
-        return Request(request_id, tuple(self.tokenizer.encode(prompt)), params, prompt)
+        return Request(request_id, tuple(self.tokenizer.encode(prompt)), params, prompt, stream=False)
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[Output]:
         events: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
@@ -113,36 +113,25 @@ class LLM:
 
 
 class _Gathered:
-    """What a request has produced so far, put together from its deltas."""
+    """A request's answers, which come one by one, each whole."""
 
     def __init__(self, request: Request):
         self.request = request
-        self.parts: list[list[Completion]] = [[] for _ in range(request.params.n)]
+        self.answers: dict[int, Completion] = {}
         self.first: Output | None = None
 
     def add(self, output: Output) -> None:
         if self.first is None or output.prompt_logprobs is not None:
             self.first = output
-        for completion in output.outputs:
-            self.parts[completion.index].append(completion)
+        self.answers |= {completion.index: completion for completion in output.outputs}
 
     @property
     def tokens(self) -> int:
-        return sum(len(c.token_ids) for part in self.parts for c in part)
+        return sum(len(c.token_ids) for c in self.answers.values())
 
     def whole(self) -> Output:
         assert self.first is not None
-        return replace(self.first, outputs=tuple(map(_joined, self.parts)), finished=True)
-
-
-def _joined(parts: list[Completion]) -> Completion:
-    logprobs = None if parts[0].logprobs is None else tuple(lp for c in parts for lp in c.logprobs or ())
-    return replace(
-        parts[-1],
-        text="".join(c.text for c in parts),
-        token_ids=tuple(i for c in parts for i in c.token_ids),
-        logprobs=logprobs,
-    )
+        return replace(self.first, outputs=tuple(self.answers[i] for i in sorted(self.answers)), finished=True)
 
 
 class _Bar:

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from converters.checkpoint import Checkpoint, open_checkpoint, tensor_shapes
-from converters.hub import fetch
 from flax import nnx
 from jax.sharding import Mesh
 
+from converters.checkpoint import Checkpoint, open_checkpoint, tensor_shapes
+from converters.hub import fetch
 from converters.model_config import ModelConfig
 from jaxllm.cache import make_cache
 from jaxllm.config import EngineConfig

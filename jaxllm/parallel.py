@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from converters.model_config import ModelConfig
 from jaxllm.request import ConfigError
@@ -28,14 +28,20 @@ def shards(mesh: Mesh, axis: str | None) -> int:
     return 1 if name is None else mesh.shape[name]
 
 
-def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...] | None = None) -> NamedSharding:
+def sharding(mesh: Mesh, axes: Axes, shape: tuple[int, ...] | None = None) -> Sharding:
     """Where an array of these logical axes lives. With a shape, a vocabulary that the devices do not divide is replicated.
 
     Raises ConfigError if any other axis of `shape` is not divided evenly.
     """
+    if mesh.size == 1:  # the same place, but calls with numpy arguments take half as long as with a mesh of one
+        return SingleDeviceSharding(mesh.devices.item())
     if shape is not None:
         axes = tuple(_divided(mesh, axis, size, shape) for axis, size in zip(axes, shape, strict=True))
-    return NamedSharding(mesh, PartitionSpec(*(RULES[axis] for axis in axes)))
+    return NamedSharding(mesh, spec(axes))
+
+
+def spec(axes: Axes) -> PartitionSpec:
+    return PartitionSpec(*(RULES[axis] for axis in axes))
 
 
 def _divided(mesh: Mesh, axis: str | None, size: int, shape: tuple[int, ...]) -> str | None:

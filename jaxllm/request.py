@@ -9,6 +9,7 @@ JaxllmError
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
@@ -94,9 +95,15 @@ class SamplingParams:
         """A copy with `changes` made, checked like any other."""
         return replace(self, **changes)
 
-    @property
+    @cached_property
     def greedy(self) -> bool:
         return self.temperature < 1e-5
+
+    @cached_property
+    def edits(self) -> bool:
+        """Do the logits have to be changed, or their probabilities reported, before a token is drawn?"""
+        penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
+        return bool(penalties or self.logit_bias or self.min_tokens or self.logprobs is not None)
 
 
 _INT_MAX = 2**31 - 1
@@ -118,12 +125,16 @@ _POSITIVE = (("top_p", 0.0), ("repetition_penalty", 0.0))
 
 @dataclass(frozen=True)
 class Request:
-    """One prompt to continue. `id` is the caller's; it must be unique among the running ones."""
+    """One prompt to continue. `id` is the caller's; it must be unique among the running ones.
+
+    stream: an Output for every token; otherwise each continuation comes once, whole, when it ends.
+    """
 
     id: str
     prompt_token_ids: tuple[int, ...]
     params: SamplingParams
     prompt: str | None = None  # its text, if it had one, only to be given back
+    stream: bool = True
 
 
 @dataclass(frozen=True)

@@ -26,9 +26,9 @@ from jaxllm import sample, scheduler
 from jaxllm.batch import StepResult, pack, packed_size, unpack
 from jaxllm.cache import PAGE_AXES, Cache
 from jaxllm.decoder import Decoder
-from jaxllm.parallel import sharding
+from jaxllm.parallel import sharding, spec
 from jaxllm.plan import Bucket, Plan
-from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, SamplingParams
+from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
 from jaxllm.scheduler import Step
 from pallas_kernels import Rows, Work, paged_attention, plan_work, write_kv
 
@@ -68,7 +68,7 @@ class PagedContext:
 
         if self.mesh.size > 1:  # kernels see their own heads only
             axes = (None, "heads", None), (None, "kv", None), PAGE_AXES, ()
-            heads, kv_heads, pages, whole = (sharding(self.mesh, a).spec for a in axes)
+            heads, kv_heads, pages, whole = map(spec, axes)
             specs = (heads, kv_heads, kv_heads, pages, pages, whole, whole, whole)
             local = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(heads, (pages, pages)), check_vma=False)
         return local(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
@@ -85,12 +85,6 @@ class RowState:
     edits_SE: Array  # bias ids, bias values (as bits), stop ids, and the length below which those are banned
     counts_SV: Array  # how often each token was produced
     in_prompt_SV: Array
-
-
-def needs_edits(params: SamplingParams) -> bool:
-    """Do this row's logits have to be changed, or their probabilities reported, before a token is drawn?"""
-    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1
-    return bool(penalties or params.logit_bias or params.min_tokens or params.logprobs is not None)
 
 
 class Runner:
@@ -194,13 +188,13 @@ class Runner:
         for start in range(0, len(step.admitted), ADMITTED):
             self._admit_rows(step.admitted[start : start + ADMITTED])
         for sequence in step.admitted:
-            if needs_edits(sequence.params):
+            if sequence.params.edits:
                 self._admit_row_edits(sequence)
         tokens, logits, head, prompt = self._dispatch(step)
         state, m = self._state, step.bucket.rows
         sampling = [row.sequence.params for row in step.rows if row.samples]
         logprobs = None
-        if any(needs_edits(p) for p in sampling):
+        if any(p.edits for p in sampling):
             tokens, *logprobs = self._run_edits(self._edits[m], head, logits)
         elif any(not p.greedy for p in sampling):
             state.last_S, tokens = self._draws[m](state.last_S, state.floats_SF, state.ints_SI, head, logits)

@@ -11,6 +11,7 @@ late write of a finished row comes before the first write of the page's next hol
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxllm.pages import PagePool, chain
 from jaxllm.plan import Bucket, Plan
@@ -52,8 +53,7 @@ class Sequence:
         return 0 if self.length >= self.limit else self.length - self.computed
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """`count` tokens of one sequence, from position `start`. `token` is the one to run, or None if only the device has it."""
 
     sequence: Sequence
@@ -100,10 +100,12 @@ class Scheduler:
         if not self.plan.enable_prefix_caching:
             return
         full = min(len(sequence.tokens), sequence.computed) // self.plan.page_size
+        if full <= sequence.published:
+            return
         self._name(sequence, full)
         for i in range(sequence.published, full):
             self.pool.publish(sequence.pages[i], sequence.names[i])
-        sequence.published = max(sequence.published, full)
+        sequence.published = full
 
     def next(self) -> Step | None:
         """The next step, or None if nothing can run before something is read, added or finished."""

@@ -14,7 +14,7 @@ from functools import lru_cache
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, Sharding
 from tqdm import tqdm
 
 from converters.tensor import Tensor
@@ -127,7 +127,7 @@ class RandomWeights:
 
 
 @lru_cache
-def _normal(shapes: tuple[Shape, ...], devices: int, dtype: jnp.dtype, where: NamedSharding):
+def _normal(shapes: tuple[Shape, ...], devices: int, dtype: jnp.dtype, where: Sharding):
     """From a key a shape: those arrays, fused device by device."""
 
     def make(keys: list[jax.Array]) -> jax.Array:
@@ -141,7 +141,7 @@ def _normal(shapes: tuple[Shape, ...], devices: int, dtype: jnp.dtype, where: Na
 
 
 @lru_cache
-def _constant(shape: Shape, dtype: jnp.dtype, where: NamedSharding):
+def _constant(shape: Shape, dtype: jnp.dtype, where: Sharding):
     return jax.jit(lambda value: jnp.full(shape, value, dtype), out_shardings=where)
 
 
