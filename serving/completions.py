@@ -123,11 +123,10 @@ class CompletionAnswer:
 
     def _event(self, index: int, completion: Completion, entries, ids) -> bytes:
         logprobs = "null" if entries is None else encode(self._logprobs(index, entries, ids))
-        end = "null" if completion.finish_reason is None else f'"{completion.finish_reason}"'
-        return self._frame.choice(
-            f'{{"index":{index},"text":{encode(completion.text)},"logprobs":{logprobs},"finish_reason":{end},'
-            f'"stop_reason":{encode(completion.stop_reason)}}}'
-        )
+        end = '"finish_reason":null,"stop_reason":null'
+        if completion.finish_reason is not None:
+            end = f'"finish_reason":"{completion.finish_reason}","stop_reason":{encode(completion.stop_reason)}'
+        return self._frame.choice(f'{{"index":{index},"text":{encode(completion.text)},"logprobs":{logprobs},{end}}}')
 
     def usage_event(self, usage: dict) -> bytes:
         return self._frame.usage(usage)
