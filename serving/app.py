@@ -36,7 +36,7 @@ def build_app(engine: EngineLike, options: ServerOptions) -> FastAPI:
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         start = time.perf_counter()
         await first_request(engine)
-        log.info("first request: %.2f s", time.perf_counter() - start)
+        log.info("%-24s %6.2f s", "first request", time.perf_counter() - start)
         yield
 
     app = FastAPI(title="jaxllm", version=__version__, lifespan=lifespan, redirect_slashes=False)

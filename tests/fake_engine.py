@@ -7,6 +7,7 @@ test see what became of a request. After 40 tokens it ends by itself, as a model
 import asyncio
 import hashlib
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 from jaxllm.config import EngineConfig
@@ -75,6 +76,11 @@ class FakeEngine:
     def close(self) -> None:
         self.closed = True
         self.healthy = False
+
+    def stats(self) -> SimpleNamespace:
+        """The real engine's figures, as if a running request held one page of 256."""
+        held = len(self.running)
+        return SimpleNamespace(running=held, waiting=0, pages=256, free=256 - held, cached=0, held=held)
 
     def check(self, request: Request) -> None:
         params = request.params

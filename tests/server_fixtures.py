@@ -87,6 +87,15 @@ def serving(engine: Any, options: ServerOptions | None = None) -> Iterator[Serve
         listener.close()
 
 
+def read_event(connection: socket.socket) -> None:
+    """Waits until an event has come."""
+    read = b""
+    while b"data: " not in read:
+        part = connection.recv(65536)
+        assert part, f"closed after {read!r}"
+        read += part
+
+
 def wait_until(true, seconds: float = 5.0) -> None:
     deadline = time.monotonic() + seconds
     while not true():

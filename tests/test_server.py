@@ -1,10 +1,12 @@
 """What people do with the openai package, unchanged, over a real socket. Every test holds for the fake engine and for the real one."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import openai
 import pytest
-from server_fixtures import ENGINES, make_engine, serving
+from server_fixtures import ENGINES, make_engine, read_event, serving, wait_until
 
 CHAT = [{"role": "user", "content": "Tell me a story"}]
 
@@ -287,6 +289,34 @@ def test_more_logprobs_than_the_server_allows_are_refused(client, served, name):
 def test_one_bad_prompt_refuses_all(client, served, name):
     with pytest.raises(openai.BadRequestError):
         complete(client, name, prompt=[[1, 2], [served.engine.vocab_size]])
+
+
+def nothing_held(engine):
+    stats = engine.stats()
+    return stats.held == stats.running == stats.waiting == 0 and stats.free + stats.cached == stats.pages
+
+
+def test_200_clients_that_vanish_leave_nothing_held(served, client, name):
+    body = {"prompt": "Once upon a time", "max_tokens": 250, "ignore_eos": True, "stream": True}
+    for _ in range(4):
+        with ExitStack() as connections:
+            first, *_ = [connections.enter_context(served.open("/v1/completions", body)) for _ in range(50)]
+            read_event(first)  # some are answered by now, and some wait for a row
+    wait_until(lambda: nothing_held(served.engine), 10)
+    assert complete(client, name).choices[0].text  # and it goes on
+
+
+def test_64_streams_of_many_lengths_all_end(served):
+    lengths = [1 + i * 37 % 60 for i in range(64)]
+
+    def run(i):
+        body = {"prompt": f"Once {i}", "max_tokens": lengths[i], "ignore_eos": True, "stream_options": {"include_usage": True}}
+        *_, usage, done = served.events("/v1/completions", body)
+        return json.loads(usage)["usage"]["completion_tokens"], done
+
+    with ThreadPoolExecutor(64) as pool:
+        assert list(pool.map(run, range(64))) == [(length, "[DONE]") for length in lengths]
+    wait_until(lambda: nothing_held(served.engine))
 
 
 def test_health_and_version(served):
