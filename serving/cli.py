@@ -66,7 +66,10 @@ def bench(argv: Sequence[str]) -> int:
 
 
 def serve(argv: Sequence[str], make_engine: "Callable[[EngineConfig], EngineLike]") -> int:
-    """Loads the model, then serves until a signal. Returns 0 after SIGTERM or SIGINT, 1 if it could not start."""
+    """Loads the model, then serves until a signal. Returns 0 after SIGTERM or SIGINT, 1 if it could not start.
+
+    Raises SystemExit, as uvicorn does, if the first request failed: the log has said why.
+    """
     config, server_options = options.read(argv)
     start = time.perf_counter()
     _set_up_logging()
@@ -76,13 +79,14 @@ def serve(argv: Sequence[str], make_engine: "Callable[[EngineConfig], EngineLike
         with bind(server_options) as listener:
             engine = make_engine(config)
             try:
-                return _run(engine, server_options, listener, start)
+                _run(engine, server_options, listener, start)
             finally:
                 engine.close()
     except JaxllmError as error:
         return _complain(error, 1)
     except (KeyboardInterrupt, _Stopped):
-        return 0
+        pass
+    return 0
 
 
 def _make_engine(config: EngineConfig) -> "EngineLike":
@@ -127,7 +131,7 @@ def url(server_options: options.ServerOptions, listener: socket.socket) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
-def _run(engine: "EngineLike", server_options: options.ServerOptions, listener: socket.socket, start: float) -> int:
+def _run(engine: "EngineLike", server_options: options.ServerOptions, listener: socket.socket, start: float) -> None:
     import uvicorn
 
     from serving.app import build_app
@@ -146,7 +150,6 @@ def _run(engine: "EngineLike", server_options: options.ServerOptions, listener: 
         )
     )
     server.run([listener])
-    return 0 if server.started else 1
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ class _Run:
 class FakeEngine:
     def __init__(self, config: EngineConfig | None = None, *, max_model_len: int = 256, step_s: float = 0.0):
         self.config = config or EngineConfig()
-        self.tokenizer = FakeTokenizer()
+        self._words = FakeTokenizer()
+        self.tokenizer: FakeTokenizer | None = self._words  # a test may take it away
         self.max_model_len, self.step_s = max_model_len, step_s
         self.model_name, self.model_path = self.config.served_model_name or "fake", "/models/fake"
         self.default_params: dict[str, Any] = {}
@@ -123,7 +124,7 @@ class FakeEngine:
         run.ids.append(token)
         end = _end(params, run, token)
         if not (end and end[0] == "stop" and token == EOS):
-            run.text += self.tokenizer.decode([token], params.skip_special_tokens)
+            run.text += self._words.decode([token], params.skip_special_tokens)
         end = _stop_string(params, run) or end
         run.done = end is not None
         safe = len(run.text) if run.done else max(run.sent, len(run.text) - max((len(s) - 1 for s in params.stop), default=0))
@@ -135,9 +136,9 @@ class FakeEngine:
     def _logprobs(self, token: int, count: int) -> tuple[Logprob, ...]:
         """The chosen token first, itself the likeliest; then letters in order; the last is as good as impossible."""
         others = [97 + i if 97 + i != token else 122 for i in range(count - 1)]
-        likeliest = [Logprob(t, -0.5 - i, i + 1, self.tokenizer.token_text(t)) for i, t in enumerate([token, *others])]
+        likeliest = [Logprob(t, -0.5 - i, i + 1, self._words.token_text(t)) for i, t in enumerate([token, *others])]
         if count > 3:
-            likeliest[-1] = Logprob(others[-1], float("-inf"), count, self.tokenizer.token_text(others[-1]))
+            likeliest[-1] = Logprob(others[-1], float("-inf"), count, self._words.token_text(others[-1]))
         return (likeliest[0], *likeliest[:count])
 
     def _prompt_logprobs(self, request: Request) -> list | None:

@@ -218,6 +218,10 @@ def make(config):
     if config.model == "missing":
         raise ConfigError("There is no model here: name another")
     print("loading", flush=True)
+    if config.model == "dead":
+        engine = Engine(config)
+        engine.fail_at = 0
+        return engine
     time.sleep(float(sys.argv[1]))
     return Engine(config, step_s=0.02)
 
@@ -291,6 +295,12 @@ def test_the_port_is_closed_until_ready_and_a_taken_one_is_known_before_loading(
         assert server.line() == "loading"
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_a_server_whose_first_request_fails_does_not_open():
+    with running("dead", "--port", "0") as server:
+        status, out, err = server.end()
+    assert status != 0 and out == "loading\nclosed\n" and "The engine has stopped" in err
 
 
 def test_what_the_engine_refuses_is_one_sentence():

@@ -217,8 +217,12 @@ def test_completion_logprobs(client, name, stream):
 
 def test_echo_with_logprobs_scores_the_prompt_without_generating(client, served, name):
     ids = served.engine.tokenizer.encode("Once upon a time")
-    answer = complete(client, name, prompt=ids, echo=True, logprobs=1, max_tokens=0)
+    options = {"prompt": ids, "echo": True, "logprobs": 1, "max_tokens": 0}
+    answer = complete(client, name, **options)
     body = answer.choices[0].logprobs
+    streamed = list(complete(client, name, **options, stream=True))
+    assert streamed[0].choices[0].logprobs == body and streamed[0].choices[0].text == answer.choices[0].text == "Once upon a time"
+    assert streamed[-1].choices[0].finish_reason == "length" and "".join(chunk.choices[0].text for chunk in streamed[1:]) == ""
     assert len(body.tokens) == len(ids) and answer.usage.completion_tokens == 0 and answer.choices[0].finish_reason == "length"
     assert body.token_logprobs[0] is None and body.top_logprobs[0] is None and all(value <= 0 for value in body.token_logprobs[1:])
 
@@ -232,6 +236,12 @@ def test_chat_logprobs(client, name, stream):
     for entry in entries:
         assert entry.logprob <= 0 and bytes(entry.bytes).decode(errors="replace") == entry.token
         assert len(entry.top_logprobs) == 2 and entry.top_logprobs[0].token == entry.token  # greedy
+
+
+def test_a_prompt_of_one_token_can_be_scored(client, served, name):
+    ids = served.engine.tokenizer.encode("a")[:1]
+    answer = complete(client, name, prompt=ids, echo=True, logprobs=1, max_tokens=2)
+    assert len(answer.choices[0].logprobs.tokens) == 3 and answer.choices[0].logprobs.token_logprobs[0] is None
 
 
 def test_chat_logprobs_without_top(client, name):

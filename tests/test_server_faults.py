@@ -106,6 +106,20 @@ def test_a_mistake_of_ours_is_a_500_whose_body_says_nothing_of_it(caplog, stream
     assert "secret detail" in caplog.text
 
 
+def test_without_a_tokenizer_token_ids_are_served():
+    engine = FakeEngine()
+    engine.tokenizer = None
+    with serving(engine) as served:
+        assert served.post(COMPLETION, {"prompt": [1, 2], "max_tokens": 3, "logprobs": 1}).json()["usage"]["completion_tokens"] == 3
+        for path, body in (
+            (COMPLETION, {"prompt": "Hi"}),
+            (COMPLETION, {"prompt": [1], "echo": True}),
+            ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+        ):
+            response = served.post(path, body)
+            assert response.status_code == 400 and "without a tokenizer" in response.json()["error"]["message"]
+
+
 def test_health_is_503_when_the_engine_is_not_well():
     with serving(FakeEngine()) as served:
         assert [request.id for request in served.engine.served] == ["first-request"]
