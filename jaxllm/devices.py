@@ -1,5 +1,6 @@
 """Which devices a server takes, decided before JAX's backend starts, because it claims memory on every device it can see."""
 
+import ctypes
 import os
 from pathlib import Path
 
@@ -48,11 +49,24 @@ def choose_devices(config: EngineConfig) -> list[jax.Device]:
     return devices[:count]
 
 
-def machine(devices: list[jax.Device]) -> Machine:
+def machine(devices: list[jax.Device], config: EngineConfig) -> Machine:
     """What `plan` needs to know about the chosen devices."""
     first = devices[0]
-    stats = first.memory_stats() if first.platform == "gpu" else None
-    return Machine(first.platform, first.device_kind, len(devices), stats["bytes_limit"] if stats else None)
+    memory = int(_total_memory(first.local_hardware_id) * config.gpu_memory_utilization) if first.platform == "gpu" else None
+    return Machine(first.platform, first.device_kind, len(devices), memory)
+
+
+def _total_memory(ordinal: int) -> int:
+    """Bytes of the GPU with this number among the visible ones, from the driver: JAX's allocator of mapped memory keeps no such figure."""
+    driver, device, size = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_size_t()
+    for status in (
+        driver.cuInit(0),
+        driver.cuDeviceGet(ctypes.byref(device), ordinal),
+        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device),
+    ):
+        if status:
+            raise ConfigError(f"the NVIDIA driver does not tell the memory of GPU {ordinal}: error {status}")
+    return size.value
 
 
 def _started() -> bool:

@@ -63,7 +63,7 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
     with phase("tokenizer"), as_config_error():
         tokenizer = load_tokenizer(config, folder)
     weight_bytes = _weight_bytes(config, checkpoint)
-    plan = make_plan(config, checkpoint.config, checkpoint.dtype, machine(devices), weight_bytes)
+    plan = make_plan(config, checkpoint.config, checkpoint.dtype, machine(devices, config), weight_bytes)
     model = checkpoint.config.for_context(plan.max_model_len)
     if any(layer.experts for layer in model.layers):
         log.warning("mixture of experts: every expert runs for every token for now, so steps are slow")
