@@ -169,10 +169,11 @@ def _possible_beginning(text: str, stops: Sequence[str]) -> int:
     """The length of the longest end of `text` with which a stop string may begin."""
     longest = 0
     for stop in stops:
-        for size in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:size]):
-                longest = size
-                break
+        start = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+        while start >= 0 and not stop.startswith(text[start:]):
+            start = text.find(stop[0], start + 1)
+        if start >= 0:
+            longest = max(longest, len(text) - start)
     return longest
 
 
