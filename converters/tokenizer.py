@@ -78,8 +78,8 @@ def byte_fallback_bpe(
 def _merges(vocab: dict[str, int], scores: Sequence[float | None]) -> list[tuple[str, str]]:
     """Every way to make a piece of two others, the best score first: sentencepiece always merges into the best-scored piece.
 
-    Of two ways to the same piece the longer left half goes first. Sentencepiece takes what stands further left, and in a run of
-    spaces, the only text where two ways compete for the same characters, that is where the longer pieces are.
+    Equal scores go by id. Sentencepiece takes what stands further left, which ranks cannot say;
+    the pieces of several spaces, which share one score in Llama 2 and Mistral, come out alike this way.
     """
     found = []
     for piece, i in vocab.items():
@@ -87,7 +87,7 @@ def _merges(vocab: dict[str, int], scores: Sequence[float | None]) -> list[tuple
             continue
         for cut in range(1, len(piece)):
             if piece[:cut] in vocab and piece[cut:] in vocab:
-                found.append((-score, i, -cut, piece[:cut], piece[cut:]))
+                found.append((-score, i, piece[:cut], piece[cut:]))
     return [(left, right) for *_, left, right in sorted(found)]
 
 

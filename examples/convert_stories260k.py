@@ -28,8 +28,9 @@ def main(model: Path, pieces: Path, folder: Path) -> None:
     config, tensors = read_model(model.read_bytes())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     write(folder / "config.json", config)
-    # llama2.c starts a new story after either, and samples like this unless told otherwise.
-    write(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": [EOS, BOS], "temperature": 1.0, "top_p": 0.9})
+    # llama2.c ends at either, and samples like this unless told otherwise.
+    chosen = {"do_sample": True, "temperature": 1.0, "top_p": 0.9}
+    write(folder / "generation_config.json", {"bos_token_id": BOS, "eos_token_id": [EOS, BOS], **chosen})
     tokenizer(*read_pieces(pieces.read_bytes(), config["vocab_size"])).save(str(folder / "tokenizer.json"))
     ends = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
     write(folder / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **ends, "chat_template": TEMPLATE})

@@ -193,6 +193,17 @@ def test_top_p_mask_is_exact(values, p, k):
     assert got[logits[0] == logits[0].max()].all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.floats(-9, 9, width=32), min_size=16, max_size=16), st.integers(0, 15), st.sampled_from([0.99, 1.01]))
+def test_min_p_mask(values, token, factor):
+    """min_p just below or above what one of the tokens has."""
+    logits = np.array([values], np.float32)
+    ratio = np.exp(logits[0].astype(np.float64) - logits.max())
+    p = min(float(ratio[token] * factor), 1.0)
+    got = np.asarray(keep(jnp.array(logits), replace(rows(1), min_p_B=jnp.array([p], jnp.float32))))[0]
+    np.testing.assert_array_equal(got[abs(ratio / p - 1) > 1e-3], (ratio > p)[abs(ratio / p - 1) > 1e-3])
+
+
 def test_top_p_on_a_boundary():
     """Halves, quarters, eighths: exact in float32, so the border itself can be tested."""
     logits = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125]))

@@ -3,6 +3,7 @@
 import codecs
 import io
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
 
+from converters.tokenizer import byte_fallback_bpe
 from jaxllm.request import ConfigError, RequestError, SamplingParams
 from jaxllm.text import Detokenizer, Tokenizer
 
@@ -102,6 +104,19 @@ def test_sentencepiece_settings(tmp_path, options):
             continue  # there the space in front comes again after the symbol (legacy); sentencepiece adds it once
         assert tokenizer.encode(text) == processor.encode(text)
     assert tokenizer.encode("[INST]", add_special_tokens=False) == [processor.piece_to_id("[INST]")]
+
+
+@pytest.mark.parametrize("lacking", [[], [15]], ids=["Llama 2", "Mistral"])
+def test_runs_of_spaces(lacking):
+    """Real vocabularies give pieces of spaces one score: sentencepiece then takes the pair furthest left, whatever it makes."""
+    sizes = [size for size in (2, 4, 8, 5, 16, 6, 12, 13, 10, 14, 3, 9, 7, 11, 15, 1) if size not in lacking]
+    pieces = ["<unk>", *("▁" * size for size in sizes)]
+    backend = byte_fallback_bpe(pieces, [None] + [-1e9] * len(sizes), unk="<unk>", prefix_space=False)
+    for length in range(1, 150):
+        run = [1] * length
+        while pairs := [at for at, (a, b) in enumerate(pairwise(run)) if a + b in sizes]:
+            run[pairs[0] : pairs[0] + 2] = [sum(run[pairs[0] : pairs[0] + 2])]
+        assert [len(token) for token in backend.encode(" " * length).tokens] == run
 
 
 def test_space_in_front_after_special_tokens(folders, tmp_path):
