@@ -11,7 +11,7 @@ from typing import Any
 from .hf_config import Read
 from .model_config import Experts, Layer, ModelConfig, Rope
 from .rename import Interleaved, Rules, Split, Stack
-from .rope import rope
+from .rope import context_length, rope
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def _config(
         "head_dim": _head_dim(c),
         "d_ff": c.get("intermediate_size") or 0,
         "layers": layers,
-        "max_position": c["max_position_embeddings"],
+        "max_position": context_length(c),
         "parts": frozenset(parts | _if(not c["tie_word_embeddings"], {"lm_head.weight"})),
     }
     if "norm_eps" not in differences:
@@ -259,7 +259,8 @@ def gemma2(c: Read) -> ModelConfig:
 
 def gemma3(c: Read) -> ModelConfig:
     """Gemma 3's text model: sliding layers turn by a rope of their own."""
-    c.get("hidden_act"), c.get("sliding_window")  # as in Gemma 2
+    c.get("hidden_act")
+    c.get("sliding_window")  # both as in Gemma 2
     pattern = c.get("sliding_window_pattern", 6)
     dim = _head_dim(c)
     if nested := c.get("rope_parameters"):
@@ -275,6 +276,7 @@ def gemma3(c: Read) -> ModelConfig:
         FOUR_NORMS | QK_NORM,
         kinds=_kinds(c, lambda i: (i + 1) % pattern != 0),
         ropes={FULL: rope(c, dim, theta=1e6, kind=FULL), SLIDING: local},
+        max_position=c["max_position_embeddings"],  # says the scaled one, unlike other families' linear scaling
         act=_activation(c["hidden_activation"]),
         attn_scale=c["query_pre_attn_scalar"] ** -0.5,
         attn_softcap=c.get("attn_logit_softcapping"),

@@ -265,6 +265,22 @@ def test_overrides_are_merged_into_the_config():
     assert checkpoint.hf["rope_parameters"]["rope_theta"] == 1e4
 
 
+def test_yarn_given_the_old_way_keeps_the_theta_given_the_new_way():
+    hf = config_with(rope_parameters={"rope_theta": 1e6, "rope_type": "default"})
+    config = read_config(hf | {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}})
+    rope = rope_of(config)
+    assert rope.inv_freq[0] == 1.0 and rope.scale > 1  # the fastest feature is kept
+    assert rope.inv_freq[3] == pytest.approx(1e6 ** (-6 / 8) / 4)  # the slowest is slowed by the whole factor
+    assert config.max_position == 4 * 64
+
+
+@pytest.mark.parametrize(
+    ("name", "longest"), [("llama", 128), ("llama_linear", 512), ("llama31", 128), ("gemma3_old", 128), ("phi3_long", 128)]
+)
+def test_the_longest_context_counts_the_scaling(name, longest):
+    assert open_checkpoint(GOLDENS / name).config.max_position == longest
+
+
 def test_windows_follow_the_family():
     hf = config_with(model_type="qwen2", num_hidden_layers=4, sliding_window=7, use_sliding_window=True, max_window_layers=3)
     del hf["attention_bias"], hf["mlp_bias"]
