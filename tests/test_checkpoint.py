@@ -359,6 +359,14 @@ def test_a_bin_tensor_is_a_strided_view_of_its_storage(folder):
     assert tensor.read((slice(1, 3), slice(1, 2))).tolist() == [[4], [5]]
 
 
+@pytest.mark.parametrize(("storage", "dtype"), [("BFloat16", ml_dtypes.bfloat16), ("Half", np.float16), ("Long", np.int64)])
+def test_a_bin_is_read_bit_for_bit(folder, storage, dtype):
+    array = np.linspace(-3, 3, 6).reshape(2, 3).astype(dtype)
+    tensor = stored_tensors(as_bin(folder, tensor_pickle(storage=f"ctorch\n{storage}Storage\n"), array.tobytes()))["a"]
+    assert tensor.dtype == np.dtype(dtype)
+    assert tensor.read(WHOLE).tobytes() == array.tobytes()
+
+
 @pytest.mark.parametrize(
     ("pickled", "sentence"),
     [
