@@ -44,7 +44,7 @@ def open_checkpoint(folder: Path, *, load_format: str = "auto", hf_overrides: Ma
     tensors = {}
     if load_format != "dummy":
         family = _family(hf)
-        tensors = rename(stored_tensors(folder, load_format), family.names, family.defaults | hf)
+        tensors = rename(stored_tensors(folder, load_format), family.names, {**family.defaults, **hf})
         if "lm_head.weight" not in config.parts and (head := tensors.pop("lm_head.weight", None)):
             tensors.setdefault("embed.weight", head)  # tied: one of the two is enough, and the embeddings win, as at Hugging Face
         check(tensors, config)

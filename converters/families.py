@@ -11,7 +11,7 @@ from typing import Any
 from .hf_config import Read
 from .model_config import Experts, Layer, ModelConfig, Rope
 from .rename import Interleaved, Rules, Split, Stack
-from .rope import rope
+from .rope import context_length, rope
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,6 @@ def _config(
     windows = {FULL: None, SLIDING: c["sliding_window"] if SLIDING in kinds else None}
     if SLIDING in kinds and not windows[SLIDING]:
         raise ValueError("layers are to slide, but the config has no sliding_window")
-    c.get("sliding_window")  # where no layer slides it says nothing (Qwen 2.5 names a window it does not use)
     layers = tuple(Layer(ropes[kind], windows[kind], experts(i)) for i, kind in enumerate(kinds))
     shared = {
         "vocab_size": c["vocab_size"],
@@ -184,7 +183,7 @@ def _config(
         "head_dim": _head_dim(c),
         "d_ff": c.get("intermediate_size") or 0,
         "layers": layers,
-        "max_position": c["max_position_embeddings"],
+        "max_position": context_length(c),
         "parts": frozenset(parts | _if(not c["tie_word_embeddings"], {"lm_head.weight"})),
     }
     if "norm_eps" not in differences:
@@ -196,8 +195,6 @@ def _config(
 
 def llama(c: Read) -> ModelConfig:
     mlp_bias = _if(c["mlp_bias"], {"gate.bias", "up.bias", "down.bias"})
-    if c.get("sliding_window"):
-        raise ValueError(f"model type 'llama' has no sliding window, but the config sets one of {c['sliding_window']}")
     return _config(c, GATED | _attention_bias(c) | mlp_bias)
 
 
@@ -205,9 +202,15 @@ def mistral(c: Read) -> ModelConfig:
     return _config(c, GATED, kinds=_one_kind(c, slides=bool(c["sliding_window"])))
 
 
+def _uses_window(c: Read) -> bool:
+    """Qwen 2.5 names a window that use_sliding_window then turns off; both keys are read in any case."""
+    window, used = c["sliding_window"], c["use_sliding_window"]
+    return bool(window and used)
+
+
 def _upper_layers_slide(c: Read) -> list[str]:
-    """Qwen: only where use_sliding_window says so, and only from layer max_window_layers up."""
-    used, first = c["use_sliding_window"] and bool(c["sliding_window"]), c["max_window_layers"]
+    """Qwen: from layer max_window_layers up, if at all."""
+    used, first = _uses_window(c), c["max_window_layers"]
     kinds = _kinds(c, lambda i: used and i >= first)
     if SLIDING in kinds and not used:
         raise ValueError("layer_types has sliding layers, but use_sliding_window is false or sliding_window is not set")
@@ -242,6 +245,7 @@ def gemma(c: Read) -> ModelConfig:
 
 def gemma2(c: Read) -> ModelConfig:
     c.get("hidden_act")  # hidden_activation is the one that counts
+    c.get("sliding_window")  # set even where layer_types lets no layer slide
     return _gemma(
         c,
         FOUR_NORMS,
@@ -256,6 +260,7 @@ def gemma2(c: Read) -> ModelConfig:
 def gemma3(c: Read) -> ModelConfig:
     """Gemma 3's text model: sliding layers turn by a rope of their own."""
     c.get("hidden_act")
+    c.get("sliding_window")  # both as in Gemma 2
     pattern = c.get("sliding_window_pattern", 6)
     dim = _head_dim(c)
     if nested := c.get("rope_parameters"):
@@ -271,6 +276,7 @@ def gemma3(c: Read) -> ModelConfig:
         FOUR_NORMS | QK_NORM,
         kinds=_kinds(c, lambda i: (i + 1) % pattern != 0),
         ropes={FULL: rope(c, dim, theta=1e6, kind=FULL), SLIDING: local},
+        max_position=c["max_position_embeddings"],  # says the scaled one, unlike other families' linear scaling
         act=_activation(c["hidden_activation"]),
         attn_scale=c["query_pre_attn_scalar"] ** -0.5,
         attn_softcap=c.get("attn_logit_softcapping"),
@@ -295,6 +301,9 @@ def phi3(c: Read) -> ModelConfig:
         scaling = c.get(key) or {}
         if (scaling.get("rope_type") or scaling.get("type")) in ("su", "yarn"):  # longrope's first names, in Phi-3 only
             c[key] = scaling | {"rope_type": "longrope"}
+    for key in ("full_attn_mod", "interpolate_factor"):  # Phi-4-mini names them; 1 is "as ever"
+        if c.get(key, 1) != 1:
+            raise ValueError(f"config.json sets {key} to {c[key]}; only 1 is supported")
     return _config(c, GATED, kinds=_one_kind(c, slides=bool(c["sliding_window"])))
 
 
@@ -363,7 +372,7 @@ def qwen2_moe(c: Read) -> ModelConfig:
         c["norm_topk_prob"],
         shared_d_ff=c["shared_expert_intermediate_size"],
     )
-    used, last = c["use_sliding_window"] and bool(c["sliding_window"]), c["max_window_layers"]
+    used, last = _uses_window(c), c["max_window_layers"]
     kinds = _kinds(c, lambda i: used and i % 2 == 0 and i < last)
     return _config(c, GATED | _if(c["qkv_bias"], QKV_BIAS), kinds=kinds, experts=_some_layers(c, experts))
 
@@ -372,7 +381,7 @@ def qwen3_moe(c: Read) -> ModelConfig:
     count = c.get("num_experts") or c["num_local_experts"]
     experts = Experts(count, c["num_experts_per_tok"], c["moe_intermediate_size"], c["norm_topk_prob"])
     c.get("max_window_layers")  # Hugging Face's model does not look at it: all layers slide or none
-    kinds = _one_kind(c, slides=bool(c["use_sliding_window"] and c["sliding_window"]))
+    kinds = _one_kind(c, slides=_uses_window(c))
     return _config(c, GATED | QK_NORM | _attention_bias(c), kinds=kinds, experts=_some_layers(c, experts))
 
 

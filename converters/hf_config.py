@@ -13,12 +13,13 @@ _TRAINING = """
 """
 _BOOKKEEPING = """
     _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures auto_map bos_token_id cache_implementation
-    chunk_size_feed_forward dtype eos_token_id id2label is_decoder keys_to_ignore_at_inference label2id model_type num_labels
-    output_attentions output_hidden_states pad_token_id prefix problem_type return_dict task_specific_params tokenizer_class torch_dtype
-    transformers_version unsloth_fixed unsloth_version use_cache
+    chunk_size_feed_forward dtype eos_token_id id2label is_decoder is_llama_config keys_to_ignore_at_inference label2id model_type
+    num_labels output_attentions output_hidden_states pad_token_id prefix problem_type return_dict task_specific_params tokenizer_class
+    torch_dtype transformers.js_config transformers_version unsloth_fixed unsloth_version use_cache
 """
+_GENERATION = "do_sample max_length max_new_tokens min_length num_beams repetition_penalty temperature top_k top_p"  # old configs
 _SAID_TWICE = "_sliding_window_pattern"  # layer_types says the same
-HARMLESS = frozenset(f"{_TRAINING} {_BOOKKEEPING} {_SAID_TWICE}".split())
+HARMLESS = frozenset(f"{_TRAINING} {_BOOKKEEPING} {_GENERATION} {_SAID_TWICE}".split())
 
 
 class Read(dict):

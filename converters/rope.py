@@ -20,16 +20,31 @@ def rope(c: Read, head_dim: int, *, theta: float = 1e4, partial: float = 1.0, ki
 
 
 def parameters(c: Read, theta: float, partial: float, kind: str | None) -> dict[str, Any]:
-    """The parameters of one kind of layer as one flat dict, whichever spelling they came in."""
-    old, new = c.get("rope_scaling"), c.get("rope_parameters")
-    p = dict(old or new or {})
-    if kind is not None and isinstance(p.get(kind), dict):
-        p = dict(p[kind])
+    """The parameters of one kind of layer as one flat dict, whichever spelling they came in; where both are there the old one wins."""
+    new, old = c.get("rope_parameters") or {}, c.get("rope_scaling") or {}
+    if kind is not None and kind in new:
+        new = new[kind] or {}
+    if kind == "sliding_attention":
+        old = {}  # Gemma 3 scales its full layers only
+    p = {**new, **old}
+    if named := old.get("rope_type") or old.get("type"):
+        p["rope_type"] = named
     p.setdefault("rope_theta", c.get("rope_theta") or theta)
     p.setdefault("partial_rotary_factor", c.get("partial_rotary_factor", partial))
     if original := c.get("original_max_position_embeddings"):  # beside the dict it wins over the one inside (Phi-3)
         p["original_max_position_embeddings"] = original
     return p
+
+
+def context_length(c: Read) -> int:
+    """The longest context, in tokens. Beside YaRN and linear scaling the config keeps the unscaled number, so it is multiplied here."""
+    longest, p = c["max_position_embeddings"], parameters(c, 1e4, 1.0, None)
+    match p.get("rope_type"):
+        case "linear":
+            return int(longest * p.get("factor", 1))
+        case "yarn":
+            return max(longest, int(p.get("original_max_position_embeddings", longest) * (p.get("factor") or 1)))
+    return longest
 
 
 def from_parameters(p: dict[str, Any], head_dim: int, max_position: int) -> Rope:

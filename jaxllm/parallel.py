@@ -4,8 +4,8 @@ Everywhere else a shape is written with its logical axes ("heads", "kv", "mlp", 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -17,8 +17,8 @@ Axes = tuple[str | None, ...]
 RULES: dict[str | None, str | None] = {"heads": "tp", "kv": "tp", "mlp": "tp", "vocab": "tp", None: None}
 
 
-def make_mesh(devices: Sequence[jax.Device]) -> Mesh:
-    """One axis over `devices`. Auto: the compiler places what we do not, and no operation needs to name a sharding."""
+def make_mesh(devices: Sequence[Any]) -> Mesh:
+    """One axis over `devices` (of jax.devices()). Auto: the compiler places what we do not, and no operation needs to name a sharding."""
     return Mesh(np.array(devices), ("tp",), axis_types=(AxisType.Auto,))
 
 

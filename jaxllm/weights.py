@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 from tqdm import tqdm
 
-from converters.tensor import Tensor
+from converters.tensor import Index, Tensor
 from jaxllm import parallel
 from jaxllm.parallel import Axes
 
@@ -45,7 +46,7 @@ class Weights:
         """The tensor `name`, placed by its logical axes. Raises ValueError if its shape is not `shape`."""
         tensor = self._tensor(name, shape)
         where = parallel.sharding(self.mesh, axes, shape)
-        return jax.make_array_from_callback(shape, where, lambda index: self._read([(tensor, index)]), dtype=self.dtype)
+        return jax.make_array_from_callback(shape, where, lambda index: self._read([(tensor, _slices(index))]), dtype=self.dtype)
 
     def fused(self, names: Sequence[str], shapes: Sequence[Shape], axes: Axes) -> jax.Array:
         """Several tensors as one, along their first axis: device by device, each device's rows of each tensor in order."""
@@ -53,7 +54,8 @@ class Weights:
         shape = _fused_shape(shapes)
         parts = parallel.shards(self.mesh, axes[0])
 
-        def read(index: tuple[slice, ...]) -> np.ndarray:
+        def read(index) -> np.ndarray:
+            index = _slices(index)
             device = index[0].indices(shape[0])[0] * parts // shape[0]
             mine = [slice(size * device // parts, size * (device + 1) // parts) for size, *_ in shapes]
             return self._read([(tensor, (rows, *index[1:])) for tensor, rows in zip(tensors, mine, strict=True)])
@@ -68,7 +70,7 @@ class Weights:
             raise ValueError(f"{name!r} is {tensor.shape} in the checkpoint, but the model asks for {shape}")
         return tensor
 
-    def _read(self, parts: list[tuple[Tensor, tuple[slice, ...]]]) -> np.ndarray:
+    def _read(self, parts: list[tuple[Tensor, Index]]) -> np.ndarray:
         """Rectangles one under the other, in our dtype, in memory of their own (never a view of the file)."""
         stored = [tensor.read(index) for tensor, index in parts]
         out = np.empty((sum(len(part) for part in stored), *stored[0].shape[1:]), self.dtype)
@@ -82,6 +84,12 @@ class Weights:
         for size in self._pool.map(_copy, copies) if len(copies) > 1 else map(_copy, copies):
             self._progress(size)
         return out
+
+
+def _slices(index: Any) -> Index:
+    """JAX's index of a device's part: a tuple of slices for arrays such as ours, which have one dimension at least."""
+    assert index is not None
+    return index
 
 
 def _copy(copy: tuple[np.ndarray, np.ndarray]) -> int:

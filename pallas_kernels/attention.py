@@ -4,6 +4,7 @@ N query tokens of a step (M decode lanes, then T chunk lanes), Q query heads, K 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ IMPLEMENTATIONS = {
 }
 
 
-def capability_of(device: jax.Device) -> str | None:
+def capability_of(device: Any) -> str | None:
     """The device's CUDA compute capability, like "9.0"; None for a device that is not an NVIDIA GPU."""
     return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
@@ -154,7 +155,7 @@ def paged_attention(
     is a ValueError with both numbers.
     """
     _check_call(q_NQH, k_pages, v_pages, rows, work, window, softcap, implementation)
-    options = dict(scale=scale, window=window, softcap=softcap)
+    options: dict[str, Any] = dict(scale=scale, window=window, softcap=softcap)
     if work.implementation == "reference":
         assert work.lanes is not None
         return attention_reference.attend(q_NQH, k_pages, v_pages, rows, work.lanes, **options)

@@ -10,6 +10,7 @@ of two, so lines and features are padded with masks. `lax.div` and `lax.rem` sta
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +157,7 @@ def _prefill_tile(
         else:
             page_S = plt.load(table_ref.at[row, lax.div(position_S, jnp.int32(page_size))], mask=position_S < end, other=0)
             index = (page_S[:, None], kv_head, lax.rem(position_S, jnp.int32(page_size))[:, None], feature[None, :])
-        masks = {}
+        masks: dict[str, Any] = {}
         if edge:
             masks = dict(mask=(position_S < end)[:, None] & real_H, other=0.0)
         elif feature.shape[0] != head_dim:

@@ -25,7 +25,7 @@ LINES = 64
 KV_BLOCK = 64
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 STAGES = {64: 4, 128: 4}  # by head_dim: 64 and 128 kB of K and V in flight
 WORKERS_PER_CORE = {64: 2, 128: 1}  # what the shared memory holds: 97 and 185 kB a worker
 
@@ -71,7 +71,7 @@ def decode(
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(
         _lines(q_NQH, group, rows.length_M.shape[0]), k_pages, v_pages, rows.table_MP, rows.length_M, shares.first_M, shares.count_M,
         shares.start_M1, shares.next_M, shares.bound_W1, shares.row_W,
@@ -256,4 +256,4 @@ def _product(a, b, shape):
         plgpu.wgmma(out, a, b)
         return out[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
+    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))  # pyright: ignore[reportPrivateImportUsage]

@@ -66,6 +66,7 @@ SMALL = {
     "decode_group_3_window": Case(Heads(6, 2, 64), (140, 20), page_size=16, window=70, softcap=5.0),
     "mixed": Case(Heads(6, 2, 24), (70, 37, 0, 5), (0, 20, 0, 5), page_size=16, dtype="float32", window=30, spare=3),
     "mixed_softcap": Case(Heads(4, 1, 16), (33, 100), (0, 70), page_size=32, softcap=9.0),
+    "mixed_window_many_blocks": Case(Heads(2, 1, 8), (300, 290), (0, 140), page_size=64, window=100),
 }
 
 DECODE = {

@@ -9,13 +9,11 @@ tokens of one row that a kernel takes in one turn of its loop. All integers are 
 """
 
 from dataclasses import dataclass, field
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-pytree = partial(jax.tree_util.register_dataclass)
 INT_MAX = jnp.iinfo(jnp.int32).max
 
 
@@ -24,7 +22,7 @@ def static(**kwargs):
     return field(metadata={"static": True}, **kwargs)
 
 
-@pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Rows:
     """The rows of one step.
@@ -42,7 +40,7 @@ class Rows:
     chunk_len_M: Array
 
 
-@pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Lanes:
     """Each query token's row and position in it; position -1 is a lane that no row owns."""
@@ -51,7 +49,7 @@ class Lanes:
     position_N: Array
 
 
-@pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Shares:
     """The decode work list: the flat list of (row, kv head, KV block), cut into W shares of equal length.
@@ -69,7 +67,7 @@ class Shares:
     row_W: Array
 
 
-@pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Tiles:
     """The prefill work list: tile i holds the chunk tokens [begin, begin + size) of the chunk lanes, all of one row.
@@ -83,7 +81,7 @@ class Tiles:
     position_I: Array
 
 
-@pytree
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Work:
     """What `plan_work` found out, and for which call: `paged_attention` refuses another shape, window or implementation."""

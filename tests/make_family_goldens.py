@@ -1,3 +1,4 @@
+# pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false
 """Makes tests/goldens: tiny random models of every family, saved by transformers, with the logits that torch computes.
 
 Run by hand where torch is (the tests need neither torch nor this file):
@@ -12,6 +13,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from safetensors.torch import load_file, save_file
 GOLDENS = Path(__file__).parent / "goldens"
 TOKENS = np.random.default_rng(0).integers(1, 64, size=24)
 
-SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | {
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4} | {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
@@ -30,7 +32,7 @@ SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidd
 }
 FOUR = SMALL | {"num_hidden_layers": 4}
 MHA = SMALL | {"num_key_value_heads": 4}
-NEOX = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+NEOX: dict[str, Any] = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
 FULL, SLIDING = "full_attention", "sliding_attention"
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0} | {
     "original_max_position_embeddings": 32,
@@ -38,7 +40,7 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16, "rope_theta": 10000.0}
 LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 9.0]}
-MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+MOE: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
 CASES = {
     "llama": hf.LlamaConfig(**SMALL),

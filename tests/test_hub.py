@@ -30,19 +30,18 @@ class Hub(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: Hub
+    server: Hub  # type: ignore[assignment]
 
     def do_GET(self):
         self.server.asked.append((self.command, self.path))
         self.server.tokens.add(self.headers.get("Authorization"))
         path = self.path.partition("?")[0].strip("/")
-        repo, rest = (path.removeprefix("api/models/").split("/", 2) + [""])[:2], path.removeprefix("api/models/").split("/", 2)[2:]
-        name = "/".join(repo)
+        owner, model, *rest = path.removeprefix("api/models/").split("/", 2)
+        name, rest = f"{owner}/{model}", "".join(rest)
         if name == "acme/gated":
             return self._answer(403, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
         if (files := self.server.repositories.get(name)) is None:
             return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no such repo"})
-        rest = rest[0] if rest else ""
         if rest.startswith("revision/") and rest not in ("revision/main", f"revision/{COMMIT}"):
             return self._answer(404, b"{}", {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no such revision"})
         if path.startswith("api/") and rest.startswith("tree/"):
@@ -64,7 +63,7 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    def log_message(self, *_):
+    def log_message(self, format, *args):
         pass
 
 
@@ -125,18 +124,18 @@ def test_no_network_and_no_cache_is_one_sentence(monkeypatch, tmp_path):
     with pytest.raises(ConnectionError, match=r"acme/safe is not in the cache .*, and http://127.0.0.1:9 cannot be reached"):
         fetch(SAFE, download_dir=tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE is set"):
+    with pytest.raises(ConnectionError, match=r"HF_HUB_OFFLINE is set"):
         fetch(SAFE, download_dir=tmp_path)
 
 
 def test_gated_missing_and_misspelt_are_told_apart(hub, tmp_path):
     with pytest.raises(PermissionError, match=r"acme/gated is gated: accept its terms at http.*/acme/gated, then set HF_TOKEN"):
         fetch("acme/gated", download_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match="no model acme/none at http.*HF_TOKEN does not open it"):
+    with pytest.raises(FileNotFoundError, match=r"no model acme/none at http.*HF_TOKEN does not open it"):
         fetch("acme/none", download_dir=tmp_path)
-    with pytest.raises(FileNotFoundError, match="acme/safe at http.* has no revision 'v9'"):
+    with pytest.raises(FileNotFoundError, match=r"acme/safe at http.* has no revision 'v9'"):
         fetch(SAFE, revision="v9", download_dir=tmp_path)
     with pytest.raises(FileNotFoundError, match=r"there is no folder \./nowhere"):
         fetch("./nowhere")
-    with pytest.raises(FileNotFoundError, match="neither a folder here nor a Hub id"):
+    with pytest.raises(FileNotFoundError, match=r"neither a folder here nor a Hub id"):
         fetch("not a name")

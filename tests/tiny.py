@@ -15,6 +15,11 @@ from jaxllm.weights import Weights
 
 GOLDENS = Path(__file__).parent / "goldens"
 CASES = sorted(folder.name for folder in GOLDENS.iterdir() if folder.is_dir())
+# One case for each model type, the one that shows most.
+ONE_OF_EACH = [
+    *("gemma", "gemma2", "gemma3", "gpt_neox", "llama", "mistral", "mixtral", "olmo2", "opt", "phi", "phi3", "qwen2"),
+    *("qwen2_moe", "qwen3", "qwen3_moe", "stablelm_parallel"),
+]
 TOKENS = np.load(GOLDENS / "tokens.npy")
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is most of what these tests do
