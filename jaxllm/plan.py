@@ -51,7 +51,6 @@ class Plan:
     page_size: int
     num_pages: int
     max_num_seqs: int
-    mixed_chunk: int  # prompt tokens beside running decodes, so that nobody waits long for a token
     buckets: tuple[Bucket, ...]
     scored: Bucket
     enable_prefix_caching: bool
@@ -72,17 +71,16 @@ class Plan:
         """The smallest compiled shape that holds so much."""
         return min(b for b in self.buckets if b.rows >= rows and b.chunk >= chunk)
 
-    def fill(self, decodes: int) -> Bucket:
-        """The shape that prompt chunks may fill beside `decodes` rows."""
-        if not decodes:
-            return max(self.buckets)
-        return max(b for b in self.buckets if b.chunk == self.mixed_chunk)
+    @property
+    def largest(self) -> Bucket:
+        """The shape that holds every decode and the most prompt tokens beside them."""
+        return max(self.buckets)
 
     def __str__(self) -> str:
         return (
             f"{self.dtype}, {self.num_pages} pages of {self.page_size} tokens: maximum concurrency for "
             f"{self.max_model_len:,} tokens per request: {self.capacity / self.max_model_len:.2f}x; "
-            f"at most {self.max_num_seqs} rows and {max(self.buckets).chunk} prompt tokens a step, "
+            f"at most {self.max_num_seqs} rows and {self.largest.chunk} prompt tokens a step, "
             f"{len(self.buckets) + 1} shapes"
         )
 
@@ -104,9 +102,9 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
             "lower it, or raise max_position_embeddings by --hf-overrides"
         )
     wanted = model.max_position if longest < 0 else longest
-    chunks = _chunks(config, machine, wanted)
+    chunks = _chunks(config, machine)
     page_bytes = kv_page_bytes(model, page_size, dtype, config.tensor_parallel_size)
-    scored = Bucket(min(chunks), 8 if rows >= 8 else rows, scored=True)
+    scored = Bucket(min(chunks), min(rows, 8), scored=True)
     step_bytes = _step_bytes(model, rows, max(chunks), dtype, config.tensor_parallel_size) + _state_bytes(
         model, rows, -(-wanted // page_size)
     )
@@ -128,7 +126,6 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
         page_size=page_size,
         num_pages=pages,
         max_num_seqs=rows,
-        mixed_chunk=sorted(chunks)[-2:][0],
         buckets=_buckets(rows, chunks, config.enforce_eager, machine),
         scored=scored,
         enable_prefix_caching=config.enable_prefix_caching,
@@ -160,22 +157,22 @@ def _default_rows(machine: Machine) -> int:
     return 1024 if machine.memory > 60 * GIB else 256
 
 
-def _chunks(config: EngineConfig, machine: Machine, longest: int) -> list[int]:
-    """Sizes of the prompt chunks, smallest first: small ones for short prompts, the largest for when nobody decodes."""
-    most = config.max_num_batched_tokens or (8192 if machine.memory is not None else 512)
-    sizes = (256, 2048, 8192) if machine.memory is not None else (64, 512)
-    chunks = sorted({min(s, most) for s in sizes} | {most})
-    return chunks[-1:] if config.enforce_eager else chunks
+def _chunks(config: EngineConfig, machine: Machine) -> list[int]:
+    """Sizes of the prompt chunks, smallest first. A step pays for all lanes of its shape, so there are small ones too."""
+    sizes = (512, 2048, 8192) if machine.memory is not None else (64, 512)
+    most = config.max_num_batched_tokens or sizes[-1]
+    if most < 1:
+        raise ConfigError(f"--max-num-batched-tokens must be at least 1, but it is {most}")
+    return [most] if config.enforce_eager else sorted({*(s for s in sizes if s < most), most})
 
 
 def _buckets(rows: int, chunks: list[int], eager: bool, machine: Machine) -> tuple[Bucket, ...]:
-    """Decode shapes in powers of two, and each chunk size with few and with all rows."""
+    """Decode shapes in powers of two, and each chunk size with a few sizes of rows: 18 shapes at most."""
     if eager:
         return tuple(sorted({Bucket(0, rows), Bucket(chunks[-1], rows)}))
-    steps = [1, 8, 16, 32, 64, 128, 256, 512, 1024] if machine.memory is not None else [1, 8, 32]
-    decode = {Bucket(0, r) for r in steps if r < rows} | {Bucket(0, rows)}
-    mixed = {Bucket(chunks[0], min(8, rows)), Bucket(chunks[-1], min(64, rows))}
-    mixed |= {Bucket(sorted(chunks)[-2:][0], r) for r in {min(64, rows), min(256, rows), rows}}
+    gpu = machine.memory is not None
+    decode = {Bucket(0, min(r, rows)) for r in ((1, 8, 32, 64, 128, 256, 512, rows) if gpu else (1, 8, rows))}
+    mixed = {Bucket(c, min(r, rows)) for c in chunks for r in ((64, 256, rows) if gpu else (8, rows))}
     return tuple(sorted(decode | mixed))
 
 

@@ -35,6 +35,8 @@ from pallas_kernels import Rows, Work, paged_attention, plan_work, write_kv
 log = logging.getLogger("jaxllm")
 
 ADMITTED = 16  # sequences whose row state one dispatch brings to the device
+# XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing.
+_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 _COMPILER_STACK = 64 * 2**20  # XLA's recursion over a deep model overflows a thread's usual 8 MiB
 
 
@@ -140,7 +142,13 @@ class Runner:
 
         def job(name: str, put: Callable, f: Callable, args: tuple, donate: tuple[int, ...], out: Any) -> None:
             abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", whole)), args)
-            jobs.append((name, put, lambda: jax.jit(f, donate_argnums=donate, out_shardings=out).lower(*abstract).compile()))
+            jobs.append(
+                (
+                    name,
+                    put,
+                    lambda: jax.jit(f, donate_argnums=donate, out_shardings=out, compiler_options=_OPTIONS).lower(*abstract).compile(),
+                )
+            )
 
         cache_out = [(sharding(self._mesh, PAGE_AXES),) * 2] * len(self._cache)
         for bucket in sorted({*self.plan.buckets, self.plan.scored}, reverse=True):  # the slowest to compile first

@@ -114,7 +114,7 @@ class Scheduler:
         rows = [self._decode(s) for s in list(self.running) if s.slot is not None and s.todo == 1 and self._has_page(s)]
         # A sequence further down may have been preempted for one further up only before its own turn, never after.
         admitted: list[Sequence] = []
-        room = self.plan.fill(len(rows))
+        room = self.plan.largest
         left = room.chunk
         for sequence in self.running:
             if left and len(rows) < room.rows and sequence.todo > 1:

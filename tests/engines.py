@@ -29,7 +29,6 @@ def make_plan(**changes) -> Plan:
         page_size=4,
         num_pages=48,
         max_num_seqs=4,
-        mixed_chunk=4,
         buckets=BUCKETS,
         scored=Bucket(4, 1, scored=True),
         enable_prefix_caching=True,

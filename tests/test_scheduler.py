@@ -14,17 +14,16 @@ from jaxllm.request import Request, RequestError, SamplingParams
 VOCAB, EOS = 50, frozenset({7})
 
 
-def make_plan(pages=12, rows=4, page_size=4, longest=40, chunk=8, mixed=4, prefix=True) -> Plan:
-    buckets = {Bucket(0, r) for r in (1, 2, rows)} | {Bucket(c, r) for c in (mixed, chunk) for r in (1, rows)}
+def make_plan(pages=12, rows=4, page_size=4, longest=40, chunk=8, small=4, prefix=True) -> Plan:
+    buckets = {Bucket(0, r) for r in (1, 2, rows)} | {Bucket(c, r) for c in (small, chunk) for r in (1, rows)}
     return Plan(
         dtype="float32",
         max_model_len=longest,
         page_size=page_size,
         num_pages=pages,
         max_num_seqs=rows,
-        mixed_chunk=mixed,
         buckets=tuple(sorted(buckets)),
-        scored=Bucket(mixed, 1, scored=True),
+        scored=Bucket(small, 1, scored=True),
         enable_prefix_caching=prefix,
         max_logprobs=5,
         tensor_parallel_size=1,
@@ -67,10 +66,10 @@ class AnyOrder(RuleBasedStateMachine):
     """Adds, aborts and turns in any order, on a cache far too small for what is asked."""
 
     @initialize(
-        pages=st.integers(10, 16), rows=st.integers(2, 5), size=st.sampled_from([1, 4, 5]), mixed=st.integers(1, 6), prefix=st.booleans()
+        pages=st.integers(10, 16), rows=st.integers(2, 5), size=st.sampled_from([1, 4, 5]), small=st.integers(1, 6), prefix=st.booleans()
     )
-    def start(self, pages, rows, size, mixed, prefix):
-        self.plan = make_plan(pages=pages, rows=rows, page_size=size, longest=min(40, pages * size), chunk=8, mixed=mixed, prefix=prefix)
+    def start(self, pages, rows, size, small, prefix):
+        self.plan = make_plan(pages=pages, rows=rows, page_size=size, longest=min(40, pages * size), chunk=8, small=small, prefix=prefix)
         self.core = make_core(self.plan)
         self.asked: dict[str, tuple[Request, Listener]] = {}
 
