@@ -16,8 +16,16 @@ Cache = list[tuple[jax.Array, jax.Array]]
 PAGE_AXES = (None, "kv", None, None)
 
 
-def make_cache(plan: Plan, model: ModelConfig, mesh: Mesh) -> Cache:
-    """Zeroed pages of every layer; page 0, the trash page, comes on top of the plan's."""
+def cache_shapes(plan: Plan, model: ModelConfig, mesh: Mesh) -> list[tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]]:
+    """Shapes and shardings of the pages; page 0, the trash page, comes on top of the plan's."""
     shape = (plan.num_pages + 1, model.num_kv_heads, plan.page_size, model.head_dim)
-    zeros = jax.jit(lambda: jnp.zeros(shape, plan.dtype), out_shardings=sharding(mesh, PAGE_AXES))
-    return [(zeros(), zeros()) for _ in model.layers]
+    pages = jax.ShapeDtypeStruct(shape, jnp.dtype(plan.dtype), sharding=sharding(mesh, PAGE_AXES))
+    return [(pages, pages) for _ in model.layers]
+
+
+def make_cache(plan: Plan, model: ModelConfig, mesh: Mesh) -> Cache:
+    """Zeroed pages of every layer."""
+    shapes = cache_shapes(plan, model, mesh)
+    pages = shapes[0][0]
+    zeros = jax.jit(lambda: jnp.zeros(pages.shape, pages.dtype), out_shardings=pages.sharding)
+    return [(zeros(), zeros()) for _ in shapes]

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from converters.checkpoint import Checkpoint, open_checkpoint, tensor_shapes
 from converters.hub import fetch
 from converters.model_config import ModelConfig
-from jaxllm.cache import make_cache
 from jaxllm.config import EngineConfig
 from jaxllm.decoder import Decoder
 from jaxllm.devices import choose_devices, machine
@@ -76,8 +75,7 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
         page_size=plan.page_size,
         group=model.num_heads // model.num_kv_heads,
     )
-    with phase("KV cache"):
-        runner = Runner(decoder, make_cache(plan, model, mesh), plan, mesh, implementation)
+    runner = Runner(decoder, plan, mesh, implementation)
     log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)
     with phase(f"compiling {len(plan.buckets) + 1} shapes"):
         runner.compile()

@@ -27,9 +27,8 @@ class Bucket:
     rows: int
     scored: bool = False
 
-    @property
-    def tokens(self) -> int:
-        return self.rows + self.chunk
+    def __str__(self) -> str:
+        return f"step of {self.rows} rows and {self.chunk} prompt tokens" + (", scored" if self.scored else "")
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,7 @@ class Plan:
     enable_prefix_caching: bool
     max_logprobs: int
     tensor_parallel_size: int
+    step_bytes: int | None = None  # device memory left for what a step needs beside weights and cache; None on a CPU
 
     @property
     def max_pages(self) -> int:
@@ -131,6 +131,7 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
         enable_prefix_caching=config.enable_prefix_caching,
         max_logprobs=config.max_logprobs,
         tensor_parallel_size=config.tensor_parallel_size,
+        step_bytes=None if machine.memory is None else step_bytes,
     )
 
 
@@ -187,7 +188,7 @@ def _step_bytes(model: ModelConfig, rows: int, chunk: int, dtype: str, tp: int) 
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     d_ff = max([model.d_ff] + [layer.experts.d_ff * 4 for layer in model.layers if layer.experts])
     lanes = (rows + chunk) * (8 * model.d_model + 4 * heads // tp + 4 * d_ff // tp) * dtype_bytes(dtype)
-    logits = 4 * rows * model.vocab_size * 4  # two steps in flight, and sampling beside them
+    logits = 8 * rows * model.vocab_size * 4  # ports of every row size are two; the rest is for sampling
     return 2 * lanes + logits + GIB // 2
 
 

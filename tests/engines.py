@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 from tiny import decoder
 
-from jaxllm.cache import make_cache
 from jaxllm.core import Core
 from jaxllm.decoder import DenseContext
 from jaxllm.parallel import make_mesh
@@ -44,7 +43,7 @@ def runner(name: str, devices: int = 1) -> Runner:
     plan = make_plan(tensor_parallel_size=devices)
     model = decoder(name, devices)
     mesh = make_mesh(jax.devices()[:devices])
-    made = Runner(model, make_cache(plan, model.c, mesh), plan, mesh, "reference")
+    made = Runner(model, plan, mesh, "reference")
     made.compile()
     return made
 

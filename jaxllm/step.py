@@ -1,0 +1,186 @@
+"""What runs on the device in one step, as pure functions that Runner compiles: the model, the draw, and the admission of rows.
+
+S row slots and the spare one that padding uses, M rows of a bucket, T chunk lanes, N = M + T tokens, P pages of a row,
+V vocabulary, C log-probabilities wanted, A rows admitted at once.
+"""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from converters.model_config import ModelConfig
+from jaxllm import sample
+from jaxllm.batch import unpack
+from jaxllm.cache import PAGE_AXES, Cache
+from jaxllm.decoder import Decoder
+from jaxllm.parallel import spec
+from jaxllm.plan import Bucket, Plan
+from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
+from jaxllm.scheduler import Sequence
+from pallas_kernels import Rows, Work, paged_attention, plan_work, write_kv
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PagedContext:
+    """How a layer attends in a step: it writes its K and V into their pages, then reads the rows' pages."""
+
+    rows: Rows
+    kv_slot_N: Array
+    works: dict[str, Work]  # by window
+    mesh: Mesh = field(metadata={"static": True})
+
+    def attend(self, q_NQH: Array, k_NKH: Array, v_NKH: Array, kv, *, scale: float, window: int | None, softcap: float | None):
+        def local(q, k, v, k_pages, v_pages, slots, rows, work):
+            k_pages, v_pages = write_kv(k_pages, v_pages, k, v, slots)
+            return paged_attention(q, k_pages, v_pages, rows, work, scale=scale, window=window, softcap=softcap), (k_pages, v_pages)
+
+        if self.mesh.size > 1:  # kernels see their own heads only
+            heads, kv_heads, pages, whole = spec((None, "heads", None)), spec((None, "kv", None)), spec(PAGE_AXES), spec(())
+            specs = (heads, kv_heads, kv_heads, pages, pages, whole, whole, whole)
+            local = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(heads, (pages, pages)), check_vma=False)
+        return local(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Ports:
+    """Where a step of M rows leaves what it made. They are donated and come back, so they stay where they are on the device.
+
+    head: slot, length with the tokens just run, and whether the row samples: with the seeds, all that a draw depends on.
+    """
+
+    tokens_M: Array
+    logits_MV: Array
+    head_3M: Array
+
+    @classmethod
+    def shapes(cls, rows: int, vocab: int) -> dict[str, jax.ShapeDtypeStruct]:
+        f = jax.ShapeDtypeStruct
+        return {"tokens_M": f((rows,), jnp.int32), "logits_MV": f((rows, vocab), jnp.float32), "head_3M": f((3, rows), jnp.int32)}
+
+
+def model_step(
+    decoder: Decoder,
+    plan: Plan,
+    mesh: Mesh,
+    implementation: str,
+    bucket: Bucket,
+    cache: Cache,
+    last_S: Array,
+    table_SP: Array,
+    inbox: Array,
+) -> tuple[Cache, Array, Array, Ports, tuple[Array, ...]]:
+    """One step: (cache, last_S, table_SP, ports, prompt log-probabilities of a scored bucket). `inbox` is what `batch.pack` made."""
+    batch, table_SP = unpack(inbox, bucket, plan.page_size, last_S, table_SP)
+    context = PagedContext(batch.rows, batch.kv_slot_N, _works(decoder.c, plan, implementation, batch.rows, bucket.chunk), mesh)
+    hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
+    logits_MV = decoder.logits(hidden_ND[batch.logit_lane_M])
+    tokens_M = sample.greedy(logits_MV)
+    last_S = _remember(last_S, batch.slot_M, batch.samples_M, tokens_M)
+    head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
+    prompt = ()
+    if bucket.scored:
+        prompt = sample.logprobs(decoder.logits(hidden_ND[bucket.rows :]), batch.target_T, plan.max_logprobs)
+    return cache, last_S, table_SP, Ports(tokens_M, logits_MV, head_3M), prompt
+
+
+def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, chunk: int) -> dict[str, Work]:
+    return {
+        str(window): plan_work(
+            rows,
+            page_size=plan.page_size,
+            kv_heads=model.num_kv_heads // plan.tensor_parallel_size,
+            group=model.num_heads // model.num_kv_heads,
+            head_dim=model.head_dim,
+            dtype=plan.dtype,
+            window=window,
+            chunk=chunk,
+            implementation=implementation,
+        )
+        for window in {layer.window for layer in model.layers}
+    }
+
+
+def _remember(last_S: Array, slot_M: Array, samples_M: Array, tokens_M: Array) -> Array:
+    return last_S.at[jnp.where(samples_M, slot_M, last_S.shape[0] - 1)].set(tokens_M)
+
+
+def draw(last_S: Array, floats_SF: Array, ints_SI: Array, head_3M: Array, logits_MV: Array) -> tuple[Array, Array]:
+    """(last_S, tokens_M) of rows that sample by temperature, top-k, top-p and min-p."""
+    slot_M, length_M, samples_M = head_3M
+    sampling = sample.Sampling.unpack(floats_SF[slot_M], ints_SI[slot_M])
+    tokens_M = sample.sample(logits_MV, sampling, length_M)
+    return _remember(last_S, slot_M, samples_M > 0, tokens_M), tokens_M
+
+
+EDITS = 2 * MAX_BIAS + MAX_STOP_IDS + 1  # bias ids, bias values (as bits), stop ids, the length below which those are banned
+
+
+def draw_edited(last_S, counts_SV, floats_SF, ints_SI, edits_SE, in_prompt_SV, head_3M, logits_MV, *, count: int):
+    """(last_S, counts_SV, tokens_M, chosen_M, rank_M, values_MC, ids_MC): the draw with penalties, biases and bans before it.
+
+    The log-probabilities are of the logits as they were, `count` of them.
+    """
+    slot_M, length_M, samples_M = head_3M
+    sampling = sample.Sampling.unpack(floats_SF[slot_M], ints_SI[slot_M])
+    edits = edits_SE[slot_M]
+    bias_ids, stop_ids = edits[:, :MAX_BIAS], edits[:, 2 * MAX_BIAS : 2 * MAX_BIAS + MAX_STOP_IDS]
+    values = jax.lax.bitcast_convert_type(edits[:, MAX_BIAS : 2 * MAX_BIAS], jnp.float32)
+    edited = sample.penalize(logits_MV, counts_SV[slot_M], in_prompt_SV[slot_M], sampling)
+    edited = sample.bias(edited, bias_ids, values)
+    edited = sample.ban(edited, jnp.where((length_M < edits[:, -1])[:, None], stop_ids, -1))
+    tokens_M = sample.sample(edited, sampling, length_M)
+    counts_SV = counts_SV.at[slot_M, tokens_M].add((samples_M > 0).astype(counts_SV.dtype))
+    return _remember(last_S, slot_M, samples_M > 0, tokens_M), counts_SV, tokens_M, *sample.logprobs(logits_MV, tokens_M, count)
+
+
+def admit(table_SP: Array, floats_SF: Array, ints_SI: Array, edits_SE: Array, packed: Array):
+    """New rows' pages and parameters, as `pack_row` wrote them. Their edits are cleared: a slot's last sequence may have left some."""
+    slot, floats, ints = packed[:, 0], packed[:, 1 : 1 + sample.FLOATS], packed[:, 1 + sample.FLOATS :][:, : sample.INTS]
+    pages = packed[:, 1 + sample.FLOATS + sample.INTS :]
+    floats = jax.lax.bitcast_convert_type(floats, jnp.float32)
+    return table_SP.at[slot].set(pages), floats_SF.at[slot].set(floats), ints_SI.at[slot].set(ints), edits_SE.at[slot].set(-1)
+
+
+def admit_edits(edits_SE: Array, counts_SV: Array, in_prompt_SV: Array, head: Array, counts_V: Array, in_prompt_V: Array):
+    """What one row's logits are edited by, as `pack_edits` wrote it."""
+    slot = head[0]
+    return edits_SE.at[slot].set(head[1:]), counts_SV.at[slot].set(counts_V), in_prompt_SV.at[slot].set(in_prompt_V)
+
+
+def row_width(plan: Plan) -> int:
+    return 1 + sample.FLOATS + sample.INTS + plan.max_pages
+
+
+def pack_row(row: np.ndarray, sequence: Sequence) -> None:
+    """Fills int32 [row_width]: slot, sampling floats (as bits), sampling ints, pages."""
+    floats, ints = sample.Sampling.pack(sequence.params, sequence.seed)
+    row[0] = sequence.slot
+    row[1 : 1 + sample.FLOATS] = np.array(floats, np.float32).view(np.int32)
+    row[1 + sample.FLOATS : 1 + sample.FLOATS + sample.INTS] = ints
+    row[1 + sample.FLOATS + sample.INTS :][: len(sequence.pages)] = sequence.pages
+
+
+def pack_edits(sequence: Sequence | None, spare: int, vocab: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(slot and EDITS int32, counts int16 [V], in_prompt bool [V]) of a row; of the `spare` slot for None."""
+    head = np.full(1 + EDITS, -1, np.int32)
+    counts, in_prompt = np.zeros(vocab, np.int16), np.zeros(vocab, np.bool_)
+    head[0] = spare
+    if sequence is not None:
+        params, prompt_len, edits = sequence.params, sequence.prompt_len, head[1:]
+        head[0] = sequence.slot
+        edits[: len(params.logit_bias)] = list(params.logit_bias)
+        values = edits[MAX_BIAS : 2 * MAX_BIAS].view(np.float32)
+        values[:] = 0
+        values[: len(params.logit_bias)] = list(params.logit_bias.values())
+        if params.min_tokens:
+            edits[2 * MAX_BIAS : 2 * MAX_BIAS + len(sequence.stop_ids)] = sorted(sequence.stop_ids)
+            edits[-1] = prompt_len + params.min_tokens
+        in_prompt[sequence.tokens[:prompt_len]] = True
+        np.add.at(counts, sequence.tokens[prompt_len:], 1)
+    return head, counts, in_prompt
