@@ -36,7 +36,7 @@ class PagedContext:
 
     def attend(self, q_NQH: Array, k_NKH: Array, v_NKH: Array, kv, *, scale: float, window: int | None, softcap: float | None):
         def local(q, k, v, k_pages, v_pages, slots, rows, work):
-            k_pages, v_pages = write_kv(k_pages, v_pages, k, v, slots)
+            k_pages, v_pages = write_kv(k_pages, v_pages, k, v, slots, implementation=work.implementation)
             return paged_attention(q, k_pages, v_pages, rows, work, scale=scale, window=window, softcap=softcap), (k_pages, v_pages)
 
         if self.mesh.size > 1:  # kernels see their own heads only

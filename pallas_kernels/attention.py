@@ -30,10 +30,11 @@ class Reach:
     groups: tuple[int, ...] | None = None
 
 
-# The first that reaches is taken.
+# The first that reaches is taken. sm90 stands behind portable as long as it is behind it on an H200: 296 against 262 us a layer for 64
+# rows of 4096 tokens with 32/8 heads of 128, 40 against 34 us for 256 rows of 640 with 14/2 heads of 64, combine included.
 IMPLEMENTATIONS = {
-    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 65))),
     "portable": Reach((8, 0), head_dims=tuple(range(8, 257, 8)), dtypes=("bfloat16", "float16", "float32")),
+    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 65))),
     "reference": Reach(),
 }
 
@@ -113,7 +114,7 @@ def plan_work(
     return Work(
         lanes=None if kernel else lanes(rows, chunk),
         shares=_shares(rows, implementation, kv_heads, head_dim, dtype, window, interpret) if kernel else None,
-        tiles=tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group)) if kernel and chunk else None,
+        tiles=tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group, head_dim, dtype)) if kernel and chunk else None,
         implementation=implementation,
         page_size=page_size,
         kv_heads=kv_heads,

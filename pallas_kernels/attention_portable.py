@@ -10,7 +10,7 @@ of two, so lines and features are padded with masks. `lax.div` and `lax.rem` sta
 
 import math
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,19 @@ from pallas_kernels.work import Rows, Shares, Tiles
 
 LOG2E = math.log2(math.e)
 WORKERS_PER_CORE = 3  # decode programs that fit on a multiprocessor at a time
-TILE_LINES = 128  # query tokens * heads of a group in a prefill tile
+
+
+class Tiling(NamedTuple):
+    """A prefill program: query tokens * heads of a group in its tile, tokens in its KV block, and what Triton makes of it."""
+
+    lines: int
+    kv_block: int
+    num_warps: int
+    num_stages: int
+
+
+# By padded head_dim, for 16-bit pages: of ten tried on an H200, the best over 2048 and 8192 tokens together.
+TILINGS = {64: Tiling(128, 64, 8, 5), 128: Tiling(64, 32, 4, 4)}
 
 
 def kv_block(head_dim: int, dtype) -> int:
@@ -31,9 +43,15 @@ def kv_block(head_dim: int, dtype) -> int:
     return max(16, min(64, 16384 // (_features(head_dim) * jnp.dtype(dtype).itemsize)))
 
 
-def tile_tokens(group: int) -> int:
+def tiling(head_dim: int, dtype) -> Tiling:
+    """The prefill program for pages of this kind."""
+    measured = TILINGS.get(_features(head_dim)) if jnp.dtype(dtype).itemsize == 2 else None
+    return measured or Tiling(128, kv_block(head_dim, dtype), 8, 3)
+
+
+def tile_tokens(group: int, head_dim: int, dtype) -> int:
     """Chunk tokens in a prefill tile."""
-    return max(1, TILE_LINES // pl.next_power_of_2(group))
+    return max(1, tiling(head_dim, dtype).lines // pl.next_power_of_2(group))
 
 
 def decode(
@@ -43,7 +61,9 @@ def decode(
     kv_heads, _, head_dim = k_pages.shape[1:]
     group = q_NQH.shape[1] // kv_heads
     parts = rows.length_M.shape[0] * kv_heads + shares.row_W.shape[0]
-    options = dict(group=group, kv_block=kv_block(head_dim, k_pages.dtype), scale=scale, window=window, softcap=softcap)
+    options = dict(
+        group=group, kv_block=kv_block(head_dim, k_pages.dtype), scale=scale, window=window, softcap=softcap, interpret=interpret
+    )
     return pl.pallas_call(
         partial(_decode_kernel, **options),
         grid=shares.row_W.shape,
@@ -59,7 +79,7 @@ def decode(
 
 def _decode_kernel(
     q_ref, k_ref, v_ref, table_ref, length_ref, first_ref, count_ref, start_ref, next_ref, bound_ref, row_ref, o_ref, lse_ref,
-    *, group, kv_block, scale, window, softcap,
+    *, group, kv_block, scale, window, softcap, interpret,
 ):  # fmt: skip
     worker = pl.program_id(0)
     end = plt.load(bound_ref.at[worker + 1])
@@ -86,7 +106,7 @@ def _decode_kernel(
             live_SH = seen_S[:, None] & (feature < head_dim)[None, :]
             k_SH = plt.load(k_ref.at[index], mask=live_SH, other=0.0)
             s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, scale, softcap), LOW)
-            return _attend(attended, s_RS, plt.load(v_ref.at[index], mask=live_SH, other=0.0))
+            return _attend(attended, s_RS, plt.load(v_ref.at[index], mask=live_SH, other=0.0), _unit(scale, softcap), interpret)
 
         peak_R, sum_R, o_RH = lax.fori_loop(block, block + blocks, turn, _nothing(line.shape[0], feature.shape[0]))
         part = row * kv_heads + head + worker
@@ -98,20 +118,19 @@ def _decode_kernel(
     lax.while_loop(lambda state: state[0] < end, segment, (plt.load(bound_ref.at[worker]), plt.load(row_ref.at[worker])))
 
 
-def prefill(
-    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *, scale, window, softcap, interpret,
-    kv_tokens=None, num_warps=8, num_stages=3,
-) -> Array:  # fmt: skip
+def prefill(q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *, scale, window, softcap, interpret) -> Array:
     """Attention of the chunk lanes -> [N, Q, H]; the decode lanes, and chunk lanes that no row owns, are zeros."""
     kv_heads, _, head_dim = k_pages.shape[1:]
-    group = q_NQH.shape[1] // kv_heads
+    lines, block, num_warps, num_stages = tiling(head_dim, k_pages.dtype)
     options = dict(
-        group=group,
+        lines=lines,
+        group=q_NQH.shape[1] // kv_heads,
         first_lane=rows.length_M.shape[0],
-        kv_block=kv_tokens or kv_block(head_dim, k_pages.dtype),
+        kv_block=block,
         scale=scale,
         window=window,
         softcap=softcap,
+        interpret=interpret,
     )
     return pl.pallas_call(
         partial(_prefill_kernel, **options),
@@ -131,16 +150,15 @@ def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, row_ref, begin_ref, size_ref
     @pl.when(size > 0)
     def _():
         place = (plt.load(row_ref.at[tile]), plt.load(begin_ref.at[tile]), size, plt.load(position_ref.at[tile]))
-        _prefill_tile(q_ref, k_ref, v_ref, table_ref, o_ref, kv_head, *place, **options)
+        _prefill_tile((q_ref, k_ref, v_ref, table_ref, o_ref), kv_head, place, **options)
 
 
-def _prefill_tile(
-    q_ref, k_ref, v_ref, table_ref, o_ref, kv_head, row, begin, size, position, *, group, first_lane, kv_block, scale, window, softcap
-):
+def _prefill_tile(refs, kv_head, place, *, lines, group, first_lane, kv_block, scale, window, softcap, interpret):
     """One tile: `size` tokens of `row`, the first in chunk lane `begin` and at `position`, by the group of one kv head."""
+    (q_ref, k_ref, v_ref, table_ref, o_ref), (row, begin, size, position) = refs, place
     page_size, head_dim = k_ref.shape[2:]
     padded = pl.next_power_of_2(group)
-    line, feature, slot = jnp.arange(max(TILE_LINES, padded)), jnp.arange(_features(head_dim)), jnp.arange(kv_block)
+    line, feature, slot = jnp.arange(max(lines, padded)), jnp.arange(_features(head_dim)), jnp.arange(kv_block)
     token_R, member_R = lax.div(line, jnp.int32(padded)), lax.rem(line, jnp.int32(padded))
     real_H = (feature < head_dim)[None, :]
     live_RH = ((token_R < size) & (member_R < group))[:, None] & real_H
@@ -168,7 +186,7 @@ def _prefill_tile(
             if window is not None:
                 seen_RS &= position_S[None, :] > position_R[:, None] - window
             s_RS = jnp.where(seen_RS, s_RS, LOW)
-        return _attend(attended, s_RS, plt.load(v_ref.at[index], **masks))
+        return _attend(attended, s_RS, plt.load(v_ref.at[index], **masks), _unit(scale, softcap), interpret)
 
     # Blocks [low, inner) cut through some token's window, [inner, outer) are seen whole by all, [outer, high) cut through the diagonal.
     block = jnp.int32(kv_block)
@@ -204,17 +222,28 @@ def _dot(a, b, **options):
 
 
 def _scores(q_RH, k_SH, scale, softcap):
-    """Scores times log2(e), so that exp2 serves."""
+    """Scores up to `_unit`."""
     s_RS = _dot(q_RH, k_SH, trans_b=True)
-    if softcap is None:
-        return s_RS * (scale * LOG2E)
-    return softcap * LOG2E * jnp.tanh(s_RS * (scale / softcap))
+    return s_RS if softcap is None else jnp.tanh(s_RS * (scale / softcap))
 
 
-def _attend(attended, s_RS, v_SH):
-    """One turn of the online softmax."""
+def _unit(scale, softcap) -> float:
+    """What `_scores` leaves to multiply by, with log2(e) so that exp2 serves: as the product in a fused multiply-add it costs nothing."""
+    return LOG2E * (scale if softcap is None else softcap)
+
+
+def _exp2(x, interpret: bool):
+    """2 ** x in one instruction; jnp's takes four, to keep denormal results, and is what an interpreter knows."""
+    if interpret:
+        return jnp.exp2(x)
+    result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return plt.elementwise_inline_asm("ex2.approx.ftz.f32 $0, $1;", args=[x], constraints="=f,f", pack=1, result_shape_dtypes=[result])[0]
+
+
+def _attend(attended, s_RS, v_SH, unit, interpret):
+    """One turn of the online softmax, over scores of which each is `unit` in the exponent."""
     peak_R, sum_R, o_RH = attended
-    new_R = jnp.maximum(peak_R, jnp.max(s_RS, axis=1))
-    p_RS = jnp.exp2(s_RS - new_R[:, None])
-    keep_R = jnp.exp2(peak_R - new_R)
+    new_R = jnp.maximum(peak_R, jnp.max(s_RS, axis=1) * unit)
+    p_RS = _exp2(s_RS * unit - new_R[:, None], interpret)
+    keep_R = _exp2(peak_R - new_R, interpret)
     return new_R, sum_R * keep_R + jnp.sum(p_RS, axis=1), o_RH * keep_R[:, None] + _dot(p_RS.astype(v_SH.dtype), v_SH)

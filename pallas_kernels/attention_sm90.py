@@ -233,6 +233,7 @@ def _attend_block(options, refs, length, first_block, first_turn, i, state):
     sum_R = sum_R * keep_R + p_RS.sum(axis=1)
     o_RH = o_RH * lax.broadcast_in_dim(keep_R, o_RH.shape, [0])
     refs.p_s[...] = p_RS.astype(refs.p_s.dtype)
+    plgpu.commit_smem()
 
     plgpu.barrier_wait(refs.v_here.at[stage])
 
@@ -242,8 +243,8 @@ def _attend_block(options, refs, length, first_block, first_turn, i, state):
         position_SH = position + plgpu.broadcasted_iota(jnp.int32, v_SH.shape, 0, layout=LAYOUT)
         seen_SH = (position_SH < length) & (position_SH >= oldest)
         refs.v_s[stage] = jnp.where(seen_SH, v_SH, jnp.zeros_like(v_SH))
+        plgpu.commit_smem()
 
-    plgpu.commit_smem()
     o_RH = o_RH + _product(refs.p_s, refs.v_s.at[stage], o_RH.shape)
     plgpu.barrier_arrive(refs.v_free.at[stage])
     return new_R, sum_R, o_RH

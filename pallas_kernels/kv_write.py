@@ -17,8 +17,8 @@ def write_kv(
 
     k_pages, v_pages: [P, K, page_size, H]; donate them to the jit around the call, and the write happens in place. k_NKH and v_NKH are
     cast to the pages' dtype. Lanes that hold no token name a slot of page 0, which nobody reads. Which of two tokens with the same slot
-    wins is not said, nor what a slot outside the pages does. implementation: "reference" or "portable" (NVIDIA GPUs); None takes the
-    one for the default device. Raises ValueError if the shapes do not fit together.
+    wins is not said, nor what a slot outside the pages does. implementation: as `implementation_for` names it; None takes the one for the
+    default device. Raises ValueError if the shapes do not fit together.
     """
     _, kv_heads, _, head_dim = k_pages.shape
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
@@ -27,10 +27,10 @@ def write_kv(
     if k_NKH.shape != wanted or v_NKH.shape != wanted:
         raise ValueError(f"k and v must be {wanted} for slots {slot_N.shape}, pages {k_pages.shape}; got {k_NKH.shape}, {v_NKH.shape}")
     implementation = implementation or ("portable" if jax.devices()[0].platform == "gpu" else "reference")
-    if implementation not in ("reference", "portable"):
-        raise ValueError(f"implementation must be reference or portable, got {implementation!r}")
+    if implementation not in ("reference", "portable", "sm90"):
+        raise ValueError(f"implementation must be one of portable, sm90, reference, got {implementation!r}")
     k_NKH, v_NKH = k_NKH.astype(k_pages.dtype), v_NKH.astype(v_pages.dtype)
-    if implementation == "portable":
+    if implementation != "reference":
         return _write(k_pages, v_pages, k_NKH, v_NKH, slot_N, interpret)
     page_N, place_N = slot_N // k_pages.shape[2], slot_N % k_pages.shape[2]
     return k_pages.at[page_N, :, place_N].set(k_NKH), v_pages.at[page_N, :, place_N].set(v_NKH)
