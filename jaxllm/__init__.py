@@ -22,7 +22,22 @@ _HOMES = {
     "ModelConfig": "converters.model_config",
     "load": "jaxllm.loading",
 }
-__all__ = sorted(_HOMES)
+__all__ = [
+    "LLM",
+    "Completion",
+    "ConfigError",
+    "Engine",
+    "EngineConfig",
+    "EngineDeadError",
+    "JaxllmError",
+    "Logprob",
+    "ModelConfig",
+    "Output",
+    "Request",
+    "RequestError",
+    "SamplingParams",
+    "load",
+]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:

@@ -2,7 +2,9 @@
 
 import ctypes
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -11,7 +13,7 @@ from jaxllm.plan import Machine
 from jaxllm.request import ConfigError
 
 
-def choose_devices(config: EngineConfig) -> list[jax.Device]:
+def choose_devices(config: EngineConfig) -> list[Any]:
     """The first `tensor_parallel_size` devices. CUDA_VISIBLE_DEVICES says which GPUs there are to choose from.
 
     If JAX's backend has started already (somebody used JAX in this process before), what it sees is what there is.
@@ -49,7 +51,7 @@ def choose_devices(config: EngineConfig) -> list[jax.Device]:
     return devices[:count]
 
 
-def machine(devices: list[jax.Device], config: EngineConfig) -> Machine:
+def machine(devices: Sequence[Any], config: EngineConfig) -> Machine:
     """What `plan` needs to know about the chosen devices."""
     first = devices[0]
     memory = int(_total_memory(first.local_hardware_id) * config.gpu_memory_utilization) if first.platform == "gpu" else None

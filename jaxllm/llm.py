@@ -65,7 +65,7 @@ class LLM:
         """Answers to one conversation, or to many; `template` goes to the chat template."""
         if self.tokenizer is None:
             raise RequestError("chat needs a tokenizer, and this engine runs without one; name one with tokenizer=...")
-        conversations = [messages] if messages and isinstance(messages[0], dict) else messages
+        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         return self.generate([self.tokenizer.chat(c, **template) for c in conversations], sampling_params, use_tqdm=use_tqdm)
 
     def close(self) -> None:
@@ -160,5 +160,5 @@ class _Bar:
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
-    prompts = list(prompts)
-    return [prompts] if prompts and isinstance(prompts[0], int) else prompts  # type: ignore[list-item]
+    many: list[Any] = list(prompts)
+    return [many] if many and isinstance(many[0], int) else many

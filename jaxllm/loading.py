@@ -4,7 +4,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
@@ -91,15 +91,19 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
     )
 
 
-def load(path: str | Path, *, dtype: str = "auto", devices: list[jax.Device] | None = None) -> tuple[Decoder, Tokenizer | None]:
+def load(
+    path: str | Path, *, dtype: str = "auto", devices: Sequence[Any] | None = None, max_model_len: int | None = None
+) -> tuple[Decoder, Tokenizer | None]:
     """The bare module and its tokenizer, for research: `decoder(tokens_N, positions_N, None, DenseContext())` gives hidden states.
 
-    path: a folder or a Hub id. The weights are sharded over `devices`, by default the first one.
+    path: a folder or a Hub id. The weights are sharded over `devices`, by default the first one. A longrope model gets the
+    frequencies for `max_model_len` tokens, by default the longest context it was made for, as in the engine.
     """
     config = EngineConfig(model=str(path), dtype=dtype)
     folder, checkpoint = open_model(config)
     mesh = make_mesh(devices or jax.devices()[:1])
-    decoder = load_decoder(config, checkpoint, checkpoint.config, mesh, choose_dtype(dtype, checkpoint.dtype))
+    model = checkpoint.config.for_context(max_model_len or checkpoint.config.max_position)
+    decoder = load_decoder(config, checkpoint, model, mesh, choose_dtype(dtype, checkpoint.dtype))
     return decoder, load_tokenizer(config, folder)
 
 
@@ -116,7 +120,9 @@ def open_model(config: EngineConfig) -> tuple[Path, Checkpoint]:
     folder = (
         default_model()
         if config.model is None
-        else fetch(config.model, revision=config.revision, download_dir=config.download_dir, weights=not dummy)
+        else fetch(
+            config.model, revision=config.revision, download_dir=config.download_dir, weights=not dummy, load_format=config.load_format
+        )
     )
     return folder, open_checkpoint(folder, load_format=config.load_format, hf_overrides=config.hf_overrides)
 

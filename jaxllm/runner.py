@@ -125,7 +125,7 @@ class Runner:
         self._check_memory()
         self._cache = make_cache(self.plan, self.model, self._mesh)
         self._inboxes = self._zeros({b: jax.ShapeDtypeStruct((packed_size(b),), jnp.int32) for b in self._steps})
-        self._ports = {m: device.Ports(**self._zeros(device.Ports.shapes(m, self.model.vocab_size))) for m in self._takes}
+        self._ports = {m: self._zeros(device.Ports.shapes(m, self.model.vocab_size)) for m in self._takes}
         self._warm_up()
 
     def _jobs(self) -> list["_Job"]:
@@ -143,12 +143,12 @@ class Runner:
 
         precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
         for b in steps:
-            ports, inbox = device.Ports(**device.Ports.shapes(b.rows, self.model.vocab_size)), f((packed_size(b),), jnp.int32)
+            ports, inbox = device.Ports.shapes(b.rows, self.model.vocab_size), f((packed_size(b),), jnp.int32)
             args = (self._params, cache, s.last_S, s.table_SP, inbox, ports)
             job(str(b), self._steps, b, precision(partial(self._step, b)), args, (1, 2, 3, 5), (out, *[self._everywhere] * 4))
             job(f"{b}'s inbox", self._loads, b, _load, (inbox, inbox), (0,))
         for m in sorted({b.rows for b in steps}):
-            ports = device.Ports(**device.Ports.shapes(m, self.model.vocab_size))
+            ports = device.Ports.shapes(m, self.model.vocab_size)
             made = (ports.head_3M, ports.logits_MV)
             job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_M,), ())
             job(f"draw of {m}", self._draws, m, device.draw, (s.last_S, s.floats_SF, s.ints_SI, *made), (0,))

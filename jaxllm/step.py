@@ -5,6 +5,7 @@ V vocabulary, C log-probabilities wanted, A rows admitted at once.
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,11 +40,12 @@ class PagedContext:
             k_pages, v_pages = write_kv(k_pages, v_pages, k, v, slots, implementation=work.implementation)
             return paged_attention(q, k_pages, v_pages, rows, work, scale=scale, window=window, softcap=softcap), (k_pages, v_pages)
 
+        run: Any = local
         if self.mesh.size > 1:  # kernels see their own heads only
             heads, kv_heads, pages, whole = spec((None, "heads", None)), spec((None, "kv", None)), spec(PAGE_AXES), spec(())
             specs = (heads, kv_heads, kv_heads, pages, pages, whole, whole, whole)
-            local = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(heads, (pages, pages)), check_vma=False)
-        return local(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
+            run = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(heads, (pages, pages)), check_vma=False)
+        return run(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
 
 
 @jax.tree_util.register_dataclass
@@ -59,9 +61,10 @@ class Ports:
     head_3M: Array
 
     @classmethod
-    def shapes(cls, rows: int, vocab: int) -> dict[str, jax.ShapeDtypeStruct]:
-        f = jax.ShapeDtypeStruct
-        return {"tokens_M": f((rows,), jnp.int32), "logits_MV": f((rows, vocab), jnp.float32), "head_3M": f((3, rows), jnp.int32)}
+    def shapes(cls, rows: int, vocab: int) -> "Ports":
+        """The ports' shapes and types, in place of arrays."""
+        f: Any = jax.ShapeDtypeStruct
+        return cls(f((rows,), jnp.int32), f((rows, vocab), jnp.float32), f((3, rows), jnp.int32))
 
 
 def model_step(
@@ -160,6 +163,7 @@ def row_width(plan: Plan) -> int:
 def pack_row(row: np.ndarray, sequence: Sequence) -> None:
     """Fills int32 [row_width]: slot, sampling floats (as bits), sampling ints, pages."""
     floats, ints = sample.Sampling.pack(sequence.params, sequence.seed)
+    assert sequence.slot is not None
     row[0] = sequence.slot
     row[1 : 1 + sample.FLOATS] = np.array(floats, np.float32).view(np.int32)
     row[1 + sample.FLOATS : 1 + sample.FLOATS + sample.INTS] = ints
@@ -173,6 +177,7 @@ def pack_edits(sequence: Sequence | None, spare: int, vocab: int) -> tuple[np.nd
     head[0] = spare
     if sequence is not None:
         params, prompt_len, edits = sequence.params, sequence.prompt_len, head[1:]
+        assert sequence.slot is not None
         head[0] = sequence.slot
         edits[: len(params.logit_bias)] = list(params.logit_bias)
         values = edits[MAX_BIAS : 2 * MAX_BIAS].view(np.float32)

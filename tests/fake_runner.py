@@ -57,6 +57,7 @@ class FakeRunner:
         assert sum(r.count for r in step.rows if r.chunked) <= step.bucket.chunk
         assert len({r.slot for r in step.rows}) == len(step.rows), "two rows share a slot"
         for sequence in step.admitted:
+            assert sequence.slot is not None
             self.tables[sequence.slot] = list(sequence.pages)
         for row in step.rows:
             self._write(row)

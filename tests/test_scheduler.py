@@ -111,7 +111,7 @@ class AnyOrder(RuleBasedStateMachine):
         run_dry(self.core)
         for asked, listener in self.asked.values():
             stop_ids = frozenset() if asked.params.ignore_eos else EOS
-            limit = min(self.plan.max_model_len, len(asked.prompt_token_ids) + asked.params.max_tokens)
+            limit = min(self.plan.max_model_len, len(asked.prompt_token_ids) + (asked.params.max_tokens or 0))
             alone = expected(asked.prompt_token_ids, limit, VOCAB, stop_ids)
             assert listener.finished == 1
             for tokens, reason in zip(listener.tokens, listener.reasons, strict=True):
@@ -129,7 +129,9 @@ class AnyOrder(RuleBasedStateMachine):
 
 
 TestAnyOrder = AnyOrder.TestCase
-TestAnyOrder.settings = settings(max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck))
+TestAnyOrder.settings = settings(
+    max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
 
 
 def test_a_page_that_is_taken_twice_is_caught_by_the_oracle():
