@@ -3,11 +3,13 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from pathlib import Path
 
 import openai
 import pytest
 from server_fixtures import ENGINES, make_engine, read_event, serving, wait_until
 
+GOLDENS = Path(__file__).parent / "goldens"
 CHAT = [{"role": "user", "content": "Tell me a story"}]
 
 
@@ -332,3 +334,18 @@ def test_64_streams_of_many_lengths_all_end(served):
 def test_health_and_version(served):
     assert served.http.get("/health").status_code == 200
     assert served.http.get("/version").json()["version"]
+
+
+def test_the_story_through_http_beside_seven_other_prompts(served, client, name):
+    """What llama2.c's arithmetic gives for the same weights, word for word, whoever else is in the batch."""
+    if name == "fake":
+        pytest.skip("only the real model knows the story")
+    story = (GOLDENS / "stories260k.txt").read_text().split("\n", 1)[1].strip()
+    others = ["The cat", "A dog", "Lily and Tom", "One day", "Mom said", "He ran", "She"]
+
+    def ask(prompt: str) -> str:
+        return client.completions.create(model=served.engine.model_name, prompt=prompt, max_tokens=200, temperature=0).choices[0].text
+
+    with ThreadPoolExecutor(8) as pool:
+        first, *_ = pool.map(ask, ["Once upon a time", *others])
+    assert ("Once upon a time" + first).startswith(story)
