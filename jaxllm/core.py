@@ -17,10 +17,12 @@ from jaxllm.request import (
     MAX_STOP_IDS,
     Completion,
     FinishReason,
+    Limits,
     Logprob,
     Output,
     Request,
     RequestError,
+    Stats,
     TokenLogprobs,
 )
 from jaxllm.scheduler import Row, Scheduler, Sequence, Step
@@ -74,27 +76,12 @@ class _Live:
     prompt_logprobs: dict[int, TokenLogprobs] | None  # by place in the prompt, until they are all there and told
 
 
-@dataclass(frozen=True)
-class Stats:
-    """A moment's figures. pages: how many a sequence may hold; free + cached + held == pages."""
-
-    running: int
-    waiting: int
-    pages: int
-    free: int
-    cached: int
-    held: int
-    preemptions: int
-    cached_tokens: int  # prompt tokens found in the cache
-    prompt_tokens: int
-    generation_tokens: int
-
-
 class Core:
     """eos_ids: the tokens that end an answer unless a request says ignore_eos."""
 
     def __init__(self, runner: Runs, plan: Plan, vocab_size: int, eos_ids: frozenset[int], tokenizer: Tokenizer | None, seed: int = 0):
-        self.plan, self.vocab_size, self.eos_ids = plan, vocab_size, eos_ids
+        self.plan, self.eos_ids = plan, eos_ids
+        self.limits = Limits(plan.max_model_len, vocab_size, plan.max_logprobs, has_text=tokenizer is not None)
         self._runner, self._tokenizer = runner, tokenizer
         self._scheduler = Scheduler(plan)
         self._live: dict[str, _Live] = {}
@@ -105,31 +92,8 @@ class Core:
     # ------------------------------------------------------------------ the door
 
     def check(self, request: Request) -> None:
-        """Raises RequestError for what can never be served, with the numbers in it."""
-        params, prompt = request.params, request.prompt_token_ids
-        longest = self.plan.max_model_len
-        if not prompt:
-            raise RequestError("the prompt is empty; at least one token is needed", "prompt")
-        if len(prompt) >= longest:
-            raise RequestError(
-                f"This model's maximum context length is {longest} tokens. However, your prompt contains {len(prompt)} input tokens, "
-                f"which leaves no room for an answer: at most {longest - 1} fit. Shorten the prompt.",
-                "prompt",
-            )
-        self._check_ids("prompt", prompt)
-        self._check_ids("logit_bias", params.logit_bias)
-        self._check_ids("stop_token_ids", params.stop_token_ids)
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self.plan.max_logprobs:
-                raise RequestError(
-                    f"{name} is {getattr(params, name)}, but this server gives at most {self.plan.max_logprobs} (--max-logprobs)", name
-                )
-        if params.stop and self._tokenizer is None:
-            raise RequestError("stop strings need a tokenizer, and this engine runs without one; use stop_token_ids", "stop")
-
-    def _check_ids(self, name: str, ids) -> None:
-        if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
-            raise RequestError(f"{name} holds token id {outside[0]}, but the vocabulary has ids 0 to {self.vocab_size - 1}", name)
+        """Raises RequestError for what can never be served."""
+        self.limits.check(request)
 
     def add(self, request: Request, listener: Listener) -> None:
         """Queues a request; `listener` gets its outputs, from the thread that calls `turn`."""

@@ -12,10 +12,10 @@ import threading
 from collections.abc import AsyncIterator, Callable
 
 from jaxllm.config import EngineConfig
-from jaxllm.core import Core, Stats
+from jaxllm.core import Core
 from jaxllm.loading import Loaded, load_engine_parts
 from jaxllm.plan import Plan
-from jaxllm.request import EngineDeadError, JaxllmError, Output, Request
+from jaxllm.request import EngineDeadError, JaxllmError, Output, Request, Stats
 from jaxllm.text import Tokenizer
 
 log = logging.getLogger("jaxllm")
@@ -58,7 +58,7 @@ class Engine:
 
     @property
     def vocab_size(self) -> int:
-        return self._core.vocab_size
+        return self._core.limits.vocab_size
 
     @property
     def healthy(self) -> bool:

@@ -4,7 +4,6 @@ A Plan is made once, before anything is loaded, logged once, and never changes. 
 there are and how much memory they have comes in as `Machine`.
 """
 
-import math
 from dataclasses import dataclass
 
 from converters.model_config import ModelConfig
@@ -194,15 +193,3 @@ def _step_bytes(model: ModelConfig, rows: int, chunk: int, dtype: str, tp: int) 
 
 def _state_bytes(model: ModelConfig, rows: int, max_pages: int) -> int:
     return (rows + 1) * (3 * model.vocab_size + 4 * (max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
-
-
-def parse_length(text: str) -> int:
-    """A number of tokens as people write it: 4096, 8k (8,000), 8K (8,192), auto (-1)."""
-    if text == "auto":
-        return -1
-    units = {"k": 1000, "K": 1024, "m": 10**6, "M": 2**20}
-    number, unit = (text[:-1], units[text[-1]]) if text[-1:] in units else (text, 1)
-    value = float(number) * unit
-    if not math.isfinite(value) or value != int(value) or value < 1:
-        raise ValueError(f"{text!r} is not a number of tokens")
-    return int(value)

@@ -7,7 +7,7 @@ JaxllmError
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
@@ -181,3 +181,55 @@ class Output:
     finished: bool
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What an engine can serve at most, so that whoever holds a request can refuse it before it is sent."""
+
+    max_model_len: int
+    vocab_size: int
+    max_logprobs: int
+    has_text: bool  # is there a tokenizer?
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for what can never be served, with the numbers in it."""
+        params, prompt, longest = request.params, request.prompt_token_ids, self.max_model_len
+        if not prompt:
+            raise RequestError("the prompt is empty; at least one token is needed", "prompt")
+        if len(prompt) >= longest:
+            raise RequestError(
+                f"This model's maximum context length is {longest} tokens. However, your prompt contains {len(prompt)} input tokens, "
+                f"which leaves no room for an answer: at most {longest - 1} fit. Shorten the prompt.",
+                "prompt",
+            )
+        self._check_ids("prompt", prompt)
+        self._check_ids("logit_bias", params.logit_bias)
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(params, name) or 0) > self.max_logprobs:
+                raise RequestError(
+                    f"{name} is {getattr(params, name)}, but this server gives at most {self.max_logprobs} (--max-logprobs)", name
+                )
+        if params.stop and not self.has_text:
+            raise RequestError("stop strings need a tokenizer, and this engine runs without one; use stop_token_ids", "stop")
+
+    def _check_ids(self, name: str, ids: Iterable[int]) -> None:
+        if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
+            raise RequestError(f"{name} holds token id {outside[0]}, but the vocabulary has ids 0 to {self.vocab_size - 1}", name)
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A moment's figures. pages: how many a sequence may hold; free + cached + held == pages."""
+
+    running: int
+    waiting: int
+    pages: int
+    free: int
+    cached: int
+    held: int
+    preemptions: int
+    cached_tokens: int  # prompt tokens found in the cache
+    prompt_tokens: int
+    generation_tokens: int

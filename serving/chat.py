@@ -54,7 +54,7 @@ async def prepare(engine: EngineLike, body: ChatBody, fingerprint: str) -> "Chat
     ids = await off_loop(size, lambda: tokenizer.chat(messages, **options))
     params = sampling_params(engine, body, fit(engine, len(ids), _max_tokens(engine, body)), _logprobs(body))
     answer = ChatAnswer(engine, body, fingerprint)
-    request = Request(answer.id, tuple(ids), params)
+    request = Request(answer.id, tuple(ids), params, stream=bool(body.stream))
     engine.check(request)
     answer.requests.append(request)
     return answer

@@ -1,5 +1,6 @@
 """The `jaxllm` command: `serve` and `bench`, each importing what it needs only when it runs, so that help and mistakes answer at once."""
 
+import importlib
 import importlib.util
 import logging
 import runpy
@@ -72,7 +73,7 @@ def serve(argv: Sequence[str], make_engine: "Callable[[EngineConfig], EngineLike
     """
     config, server_options = options.read(argv)
     start = time.perf_counter()
-    _set_up_logging()
+    set_up_logging()
     signal.signal(signal.SIGTERM, _stop)  # so that the engine is closed, while it loads as well as later
     try:
         # Bound first: a port that is taken should be known before minutes of loading. It listens only when everything is ready.
@@ -90,9 +91,14 @@ def serve(argv: Sequence[str], make_engine: "Callable[[EngineConfig], EngineLike
 
 
 def _make_engine(config: EngineConfig) -> "EngineLike":
-    from jaxllm.engine import Engine
+    from serving.remote_engine import RemoteEngine, StartFailed
 
-    return Engine(config)
+    engine = RemoteEngine(config)
+    try:
+        importlib.import_module("serving.app")  # a second's work, while the engine loads
+        return engine.wait()
+    except StartFailed:
+        raise SystemExit(1) from None  # the engine's process has said why
 
 
 class _Stopped(SystemExit):
@@ -103,7 +109,7 @@ def _stop(*_: object) -> NoReturn:
     raise _Stopped
 
 
-def _set_up_logging() -> None:
+def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxllm").setLevel(logging.INFO)
 

@@ -45,7 +45,8 @@ async def prepare(engine: EngineLike, body: CompletionBody, fingerprint: str) ->
     answer = CompletionAnswer(engine, body, fingerprint)
     for i, prompt in enumerate(parse_prompt(body.prompt)):
         ids = await _encode(engine, body, prompt)
-        request = Request(f"{answer.id}-{i}", ids, _params(engine, body, len(ids)), prompt if isinstance(prompt, str) else None)
+        text = prompt if isinstance(prompt, str) else None
+        request = Request(f"{answer.id}-{i}", ids, _params(engine, body, len(ids)), text, stream=bool(body.stream))
         engine.check(request)
         answer.requests.append(request)
     return answer

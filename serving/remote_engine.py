@@ -1,0 +1,205 @@
+"""The API process's end of the engine: starts the engine process, and looks like jaxllm.Engine to the routes.
+
+Tokenizing and HTTP happen on this side, the device and everything that must be counted once on the other. If the engine
+process dies, every open request hears of it and nothing new is accepted.
+"""
+
+import asyncio
+import logging
+import subprocess
+import sys
+import tempfile
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from jaxllm.config import EngineConfig
+from jaxllm.request import EngineDeadError, JaxllmError, Output, Request, RequestError, Stats
+from jaxllm.source import load_tokenizer
+from serving import wire
+
+log = logging.getLogger("jaxllm")
+
+WATCH_S = 0.2  # how often the engine process is looked after
+LEAVE_S = 20  # what it has to end by itself
+
+
+class StartFailed(JaxllmError):
+    """The engine process ended before it was ready. It has said why."""
+
+
+class RemoteEngine:
+    """An engine process and the way to it, started at once and ready after `wait`. Use from one event loop."""
+
+    def __init__(self, config: EngineConfig):
+        self.config = config
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxllm-")
+        self._address = f"ipc://{self._folder.name}/engine"
+        self._queues: dict[str, asyncio.Queue[Output | Exception]] = {}
+        self._requests: dict[str, Request] = {}
+        self._hellos: list[asyncio.Future[wire.Hello]] = []
+        self._socket: zmq.asyncio.Socket | None = None
+        self._tasks: list[asyncio.Task] = []
+        self._process = subprocess.Popen([sys.executable, "-m", "serving.engine_process", self._address], stdin=subprocess.PIPE)
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
+        self._process.stdin.flush()
+
+    def wait(self) -> "RemoteEngine":
+        """Returns when the engine has loaded and compiled. Raises StartFailed if it does not come up."""
+        try:
+            hello = self._wait_for_hello()
+            self.model_name, self.model_path = hello.model_name, hello.model_path
+            self.default_params, self.limits = hello.default_params, hello.limits
+            self.tokenizer = load_tokenizer(self.config, Path(hello.model_path))
+        except BaseException:
+            self._process.terminate()  # it may be deep in a compilation, where it hears nothing else
+            self._leave()
+            raise
+        return self
+
+    @property
+    def max_model_len(self) -> int:
+        return self.limits.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.limits.vocab_size
+
+    @property
+    def healthy(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def check(self, request: Request) -> None:
+        """Raises RequestError for what can never be served."""
+        self.limits.check(request)
+
+    async def generate(self, request: Request) -> AsyncIterator[Output]:
+        """As Engine.generate: outputs as they come; leaving early aborts the request. Raises EngineDeadError if the engine is gone."""
+        self.check(request)
+        self._send(wire.Add(request))
+        outputs = self._queues[request.id] = asyncio.Queue()
+        self._requests[request.id] = request
+        finished = False
+        try:
+            while not finished:
+                item = await outputs.get()
+                finished = isinstance(item, Exception) or item.finished
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            del self._queues[request.id], self._requests[request.id]
+            if not finished:
+                self.abort(request.id)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request and gives its pages back at the engine's next turn."""
+        if self.healthy:
+            self._send(wire.Abort(request_id))
+
+    async def stats(self) -> Stats:
+        """The engine's figures of the moment."""
+        future = asyncio.get_running_loop().create_future()
+        self._hellos.append(future)
+        self._send(wire.Ask())
+        return (await future).stats
+
+    def close(self) -> None:
+        """Ends the engine process. May be called twice."""
+        for task in self._tasks:
+            if not task.get_loop().is_closed():
+                task.cancel()
+        if self._socket is not None:
+            self._socket.close(linger=0)
+        self._leave()
+
+    def _leave(self) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # which is how it knows
+        try:
+            self._process.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+    # ------------------------------------------------------------------ the way there
+
+    def _wait_for_hello(self) -> wire.Hello:
+        with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
+            socket.linger = 0
+            socket.connect(self._address)  # which the engine binds when it is ready; until then this tries again and again
+            socket.send(wire.encode(wire.Ask()))
+            while not socket.poll(100):
+                if (status := self._process.poll()) is not None:
+                    raise StartFailed(f"the engine process ended with status {status} before it was ready")
+            hello = wire.decode_answer(socket.recv())
+            assert isinstance(hello, wire.Hello)
+            return hello
+
+    def _send(self, message: msgspec.Struct) -> None:
+        if not self.healthy:
+            raise self._death()
+        if self._socket is None:
+            self._connect()
+        assert self._socket is not None
+        self._socket.send(wire.encode(message))  # a future that is done already: the queue behind it has no limit
+
+    def _connect(self) -> None:
+        self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
+        self._socket.set_hwm(0)
+        self._socket.connect(self._address)
+        self._tasks = [asyncio.create_task(self._listen(self._socket)), asyncio.create_task(self._watch())]
+
+    async def _listen(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            match wire.decode_answer(await socket.recv()):
+                case wire.Pieces(pieces):
+                    for piece in pieces:
+                        self._take(piece)
+                case wire.Refused(request_id, message, param):
+                    self._tell(request_id, RequestError(message, param))
+                case wire.Hello() as hello:
+                    if not (future := self._hellos.pop(0)).done():
+                        future.set_result(hello)
+
+    def _take(self, piece: wire.Piece) -> None:
+        request = self._requests.get(piece.request_id)
+        if request is None:  # aborted here, and this was under way
+            return
+        output = Output(
+            request.id,
+            request.prompt,
+            request.prompt_token_ids,
+            (piece.completion,),
+            piece.finished,
+            piece.prompt_logprobs,
+            piece.cached,
+        )
+        self._tell(request.id, output)
+
+    def _tell(self, request_id: str, item: Output | Exception) -> None:
+        if (outputs := self._queues.get(request_id)) is not None:
+            outputs.put_nowait(item)
+
+    async def _watch(self) -> None:
+        while self.healthy:
+            await asyncio.sleep(WATCH_S)
+        error = self._death()
+        log.error("%s", error)
+        for outputs in self._queues.values():
+            outputs.put_nowait(error)
+        for future in self._hellos:
+            if not future.done():
+                future.set_exception(error)
+
+    def _death(self) -> EngineDeadError:
+        return EngineDeadError(f"the engine has stopped: its process ended with status {self._process.poll()}")
