@@ -148,11 +148,11 @@ def _shares(rows: Rows, implementation: str, kv_heads: int, head_dim: int, dtype
 
 
 @overload
-def paged_attention(*args: Any, return_lse: Literal[False] = ..., **options: Any) -> Array: ...
+def paged_attention(*args: Any, return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
 
 
 @overload
-def paged_attention(*args: Any, return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
+def paged_attention(*args: Any, **options: Any) -> Array: ...
 
 
 def paged_attention(
@@ -189,7 +189,7 @@ def paged_attention(
     extras: dict[str, Any] = dict(sinks_Q=sinks_Q, k_scale_K=k_scale_K, v_scale_K=v_scale_K)
     if work.implementation == "reference":
         assert work.lanes is not None
-        out = attention_reference.attend(q_NQH, k_pages, v_pages, rows, work.lanes, **options, **extras)
+        out: Any = attention_reference.attend(q_NQH, k_pages, v_pages, rows, work.lanes, **options, **extras)
     else:
         out = _kernels(q_NQH, k_pages, v_pages, rows, work, return_lse, options, extras)
     return out if return_lse else out[0]

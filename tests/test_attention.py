@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -207,7 +207,7 @@ def test_wrong_extras_are_refused_with_both_numbers(change, sentence):
     work = plan_work(rows, **dict(PLAN, dtype=dtype), implementation="reference")
     q, pages = jnp.zeros((28, 4, 16), change.pop("q", "float32")), jnp.zeros((20, 2, 8, 16), dtype)
     with pytest.raises(ValueError, match=sentence):
-        paged_attention(q, pages, pages, rows, work, scale=1.0, **{name: jnp.ones(size) for name, size in change.items()})
+        paged_attention(q, pages, pages, rows, work, scale=1.0, **cast(Any, {name: jnp.ones(size) for name, size in change.items()}))
 
 
 def test_what_an_implementation_lacks_is_planned_around():
@@ -231,7 +231,7 @@ def test_write_kv_stores_fp8_by_its_scales(implementation):
     pages = jnp.asarray(random.normal(size=(2, 9, 3, 8, 24)), "float8_e4m3fn")
     new = random.normal(size=(2, 5, 3, 24)).astype(np.float32) * 10
     new[:, 2] *= 1000
-    scales, slot = np.float32([[0.5, 1, 2], [0.1, 3, 4]]), np.int32([9, 70, 33, 8, 12])
+    scales, slot = np.array([[0.5, 1, 2], [0.1, 3, 4]], np.float32), np.array([9, 70, 33, 8, 12], np.int32)
     write = partial(write_kv, implementation=implementation, interpret=not on_gpu())
     out = write(*pages, *map(jnp.asarray, (*new, slot)), k_scale_K=scales[0], v_scale_K=scales[1])
     wanted = np.asarray(pages).astype(np.float32)
