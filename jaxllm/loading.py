@@ -63,7 +63,7 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
     implementation = implementation_for(
         capability_of(devices[0]),
         head_dim=model.head_dim,
-        dtype=plan.dtype,
+        dtype=plan.page_dtype,
         page_size=plan.page_size,
         group=model.num_heads // model.num_kv_heads,
     )

@@ -7,7 +7,7 @@ there are and how much memory they have comes in as `Machine`.
 from dataclasses import dataclass
 
 from converters.model_config import ModelConfig
-from jaxllm.config import EngineConfig
+from jaxllm.config import KV_CACHE_DTYPES, EngineConfig
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, ConfigError
 
 GIB = 2**30
@@ -54,7 +54,12 @@ class Plan:
     enable_prefix_caching: bool
     max_logprobs: int
     tensor_parallel_size: int
+    kv_dtype: str | None = None  # of the pages, where it is not dtype
     step_bytes: int | None = None  # device memory left for what a step needs beside weights and cache; None on a CPU
+
+    @property
+    def page_dtype(self) -> str:
+        return self.kv_dtype or self.dtype
 
     @property
     def max_pages(self) -> int:
@@ -77,7 +82,7 @@ class Plan:
 
     def __str__(self) -> str:
         return (
-            f"{self.dtype}, {self.num_pages} pages of {self.page_size} tokens: maximum concurrency for "
+            f"{self.dtype}, {self.num_pages} pages of {self.page_size} tokens in {self.page_dtype}: maximum concurrency for "
             f"{self.max_model_len:,} tokens per request: {self.capacity / self.max_model_len:.2f}x; "
             f"at most {self.max_num_seqs} rows and {self.largest.chunk} prompt tokens a step, "
             f"{len(self.buckets) + 1} shapes"
@@ -102,7 +107,8 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
         )
     wanted = model.max_position if longest < 0 else longest
     chunks = _chunks(config, machine)
-    page_bytes = kv_page_bytes(model, page_size, dtype, config.tensor_parallel_size)
+    kv_dtype = choose_kv_dtype(config.kv_cache_dtype)
+    page_bytes = kv_page_bytes(model, page_size, kv_dtype or dtype, config.tensor_parallel_size)
     scored = Bucket(min(chunks), min(rows, 8), scored=True)
     step_bytes = _step_bytes(model, rows, max(chunks), dtype, config.tensor_parallel_size) + _state_bytes(
         model, rows, -(-wanted // page_size)
@@ -130,6 +136,7 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
         enable_prefix_caching=config.enable_prefix_caching,
         max_logprobs=config.max_logprobs,
         tensor_parallel_size=config.tensor_parallel_size,
+        kv_dtype=kv_dtype,
         step_bytes=None if machine.memory is None else step_bytes,
     )
 
@@ -142,8 +149,15 @@ def choose_dtype(asked: str, checkpoint: str) -> str:
     return dtype
 
 
+def choose_kv_dtype(asked: str) -> str | None:
+    """The pages' dtype, None for the model's own."""
+    if asked not in KV_CACHE_DTYPES:
+        raise ConfigError(f"--kv-cache-dtype {asked!r} is not supported; choose one of {', '.join(KV_CACHE_DTYPES)}")
+    return None if asked == "auto" else "float8_e4m3fn"
+
+
 def dtype_bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+    return {"float32": 4, "float8_e4m3fn": 1}.get(dtype, 2)
 
 
 def kv_page_bytes(model: ModelConfig, page_size: int, dtype: str, tp: int) -> int:

@@ -100,7 +100,7 @@ def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, chun
             kv_heads=model.num_kv_heads // plan.tensor_parallel_size,
             group=model.num_heads // model.num_kv_heads,
             head_dim=model.head_dim,
-            dtype=plan.dtype,
+            dtype=plan.page_dtype,
             window=window,
             chunk=chunk,
             implementation=implementation,

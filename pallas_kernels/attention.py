@@ -4,7 +4,7 @@ N query tokens of a step (M decode lanes, then T chunk lanes), Q query heads, K 
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +28,14 @@ class Reach:
     dtypes: tuple[str, ...] | None = None
     page_sizes: tuple[int, ...] | None = None
     groups: tuple[int, ...] | None = None
+    lacks: tuple[str, ...] = ()  # of sinks and lse
 
 
 # The first that reaches is taken. sm90 stands behind portable as long as it is behind it on an H200: 296 against 262 us a layer for 64
 # rows of 4096 tokens with 32/8 heads of 128, 40 against 34 us for 256 rows of 640 with 14/2 heads of 64, combine included.
 IMPLEMENTATIONS = {
-    "portable": Reach((8, 0), head_dims=tuple(range(8, 257, 8)), dtypes=("bfloat16", "float16", "float32")),
-    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 65))),
+    "portable": Reach((8, 0), head_dims=tuple(range(8, 257, 8)), dtypes=("bfloat16", "float16", "float32", "float8_e4m3fn")),
+    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 65)), ("sinks",)),
     "reference": Reach(),
 }
 
@@ -44,11 +45,14 @@ def capability_of(device: Any) -> str | None:
     return getattr(device, "compute_capability", None) if device.platform == "gpu" else None
 
 
-def implementation_for(capability: str | None, *, head_dim: int, dtype, page_size: int, group: int = 1) -> str:
-    """The name of the fastest implementation for a device of this capability (see `capability_of`) and these pages."""
+def implementation_for(
+    capability: str | None, *, head_dim: int, dtype, page_size: int, group: int = 1, sinks: bool = False, lse: bool = False
+) -> str:
+    """The name of the fastest implementation for a device of this capability (see `capability_of`), pages of this dtype, and what is
+    asked of it: attention sinks, log-sum-exp."""
     for name, reach in IMPLEMENTATIONS.items():
         runs = reach.oldest is None or (capability is not None and reach.oldest <= _version(capability) < reach.newest)
-        if runs and _misses(reach, head_dim, dtype, page_size, group) is None:
+        if runs and misses(reach, head_dim, dtype, page_size, group, sinks, lse) is None:
             return name
     raise AssertionError("the reference takes everything")
 
@@ -57,7 +61,7 @@ def _version(capability: str) -> tuple[int, ...]:
     return tuple(int(part) for part in capability.split("."))
 
 
-def _misses(reach: Reach, head_dim: int, dtype, page_size: int, group: int) -> str | None:
+def misses(reach: Reach, head_dim: int, dtype, page_size: int, group: int, sinks: bool, lse: bool) -> str | None:
     """What an implementation cannot do of this, in words, or None if it can do all."""
     asked = {
         "head_dim": (reach.head_dims, head_dim),
@@ -69,16 +73,19 @@ def _misses(reach: Reach, head_dim: int, dtype, page_size: int, group: int) -> s
         if allowed is not None and got not in allowed:
             listed = f"{allowed[0]} to {allowed[-1]}" if len(allowed) > 6 else ", ".join(map(str, allowed))
             return f"{what} {got}: it takes {listed}"
+    for what, wanted in (("sinks", sinks), ("lse", lse)):
+        if wanted and what in reach.lacks:
+            return {"sinks": "attention sinks", "lse": "return_lse"}[what]
     return None
 
 
-def _refuse(implementation: str, head_dim: int, dtype, page_size: int, group: int) -> None:
+def _refuse(implementation: str, head_dim: int, dtype, page_size: int, group: int, sinks: bool, lse: bool) -> None:
     """Raise unless the named implementation exists, can do this, and runs on the default device if that is a GPU."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
     reach, capability = IMPLEMENTATIONS[implementation], capability_of(jax.devices()[0])
-    if misses := _misses(reach, head_dim, dtype, page_size, group):
-        raise NotImplementedError(f"attention {implementation!r} cannot take {misses}; leave implementation out to have one chosen")
+    if missing := misses(reach, head_dim, dtype, page_size, group, sinks, lse):
+        raise NotImplementedError(f"attention {implementation!r} cannot take {missing}; leave implementation out to have one chosen")
     if capability is not None and reach.oldest is not None and not reach.oldest <= _version(capability) < reach.newest:
         wanted = f"from {reach.oldest[0]}.{reach.oldest[1]} to below {reach.newest[0]}.{reach.newest[1]}"
         raise NotImplementedError(f"attention {implementation!r} needs compute capability {wanted}, this GPU has {capability}")
@@ -94,20 +101,24 @@ def plan_work(
     dtype,
     window: int | None = None,
     chunk: int = 0,
+    sinks: bool = False,
+    lse: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Work:
     """The work lists of one step, for all layers of this shape and window.
 
-    kv_heads, group: kv heads on this device and query heads for each of them. window: a token sees itself and the window - 1 tokens
-    before it; None sees all. chunk: T, the chunk lanes of the step's bucket. implementation: None takes what `implementation_for` says
-    about the default device. interpret: run GPU kernels in their interpreters, slowly, on a CPU. Raises NotImplementedError if the named
-    implementation cannot do this, ValueError if the arguments are wrong.
+    kv_heads, group: kv heads on this device and query heads for each of them. dtype: the pages'. window: a token sees itself and the
+    window - 1 tokens before it; None sees all. chunk: T, the chunk lanes of the step's bucket. sinks, lse: whether the calls will bring
+    sinks and want log-sum-exps. implementation: None takes what `implementation_for` says about the default device. interpret: run GPU
+    kernels in their interpreters, slowly, on a CPU. Raises NotImplementedError if the named implementation cannot do this, ValueError if
+    the arguments are wrong.
     """
     _check_rows(rows)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}")
-    capability, shape = capability_of(jax.devices()[0]), dict(head_dim=head_dim, dtype=dtype, page_size=page_size, group=group)
+    capability = capability_of(jax.devices()[0])
+    shape: dict[str, Any] = dict(head_dim=head_dim, dtype=dtype, page_size=page_size, group=group, sinks=sinks, lse=lse)
     implementation = implementation or implementation_for(capability, **shape)
     _refuse(implementation, **shape)
     kernel = implementation != "reference"
@@ -136,6 +147,14 @@ def _shares(rows: Rows, implementation: str, kv_heads: int, head_dim: int, dtype
     return shares(rows, kv_heads=kv_heads, kv_block=kv_block, window=window, workers=workers)
 
 
+@overload
+def paged_attention(*args: Any, return_lse: Literal[True], **options: Any) -> tuple[Array, Array]: ...
+
+
+@overload
+def paged_attention(*args: Any, **options: Any) -> Array: ...
+
+
 def paged_attention(
     q_NQH: Array,
     k_pages: Array,
@@ -146,36 +165,49 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
+    sinks_Q: Array | None = None,
+    k_scale_K: Array | None = None,
+    v_scale_K: Array | None = None,
+    return_lse: bool = False,
     implementation: str | None = None,
-) -> Array:
+) -> Array | tuple[Array, Array]:
     """Attention of each query token to its own row's tokens, up to itself -> [N, Q, H] in q's dtype.
 
-    q_NQH: token i < M is row i's decode token, token M + j is chunk token j (see `Rows`). k_pages, v_pages: [P, K, page_size, H], with
-    this step's K and V already written. The score of a query and a key is softcap * tanh(scale * q.k / softcap), or scale * q.k without
-    a softcap. Lanes that no row owns give zeros. work: from `plan_work` with the same shapes, window and implementation; anything else
-    is a ValueError with both numbers.
+    q_NQH: token i < M is row i's decode token, token M + j is chunk token j (see `Rows`); in the pages' dtype, or any floating dtype for
+    float8_e4m3fn pages. k_pages, v_pages: [P, K, page_size, H], with this step's K and V already written. The score of a query and a key
+    is softcap * tanh(scale * q.k / softcap), or scale * q.k without a softcap. Lanes that no row owns give zeros.
+
+    sinks_Q: a score for each query head that joins its softmax as one more key would, whose value is zero (gpt-oss's learned sinks).
+    k_scale_K, v_scale_K: float32, what the numbers in float8_e4m3fn pages are multiplied by, for each kv head; None is 1 (see `write_kv`).
+    return_lse: also the natural logarithm of each softmax's denominator, sinks included -> [N, Q] float32; -inf in lanes nobody owns.
+    work: from `plan_work` with the same shapes, window and implementation; anything else is a ValueError with both numbers. Raises
+    NotImplementedError if the planned implementation lacks sinks or log-sum-exp: plan with sinks=True or lse=True.
     """
     _check_call(q_NQH, k_pages, v_pages, rows, work, window, softcap, implementation)
+    _check_extras(q_NQH, k_pages, work, sinks_Q, k_scale_K, v_scale_K, return_lse)
     options: dict[str, Any] = dict(scale=scale, window=window, softcap=softcap)
+    extras: dict[str, Any] = dict(sinks_Q=sinks_Q, k_scale_K=k_scale_K, v_scale_K=v_scale_K)
     if work.implementation == "reference":
         assert work.lanes is not None
-        return attention_reference.attend(q_NQH, k_pages, v_pages, rows, work.lanes, **options)
-    return _kernels(q_NQH, k_pages, v_pages, rows, work, **options)
+        out: Any = attention_reference.attend(q_NQH, k_pages, v_pages, rows, work.lanes, **options, **extras)
+    else:
+        out = _kernels(q_NQH, k_pages, v_pages, rows, work, return_lse, options, extras)
+    return out if return_lse else out[0]
 
 
-def _kernels(q_NQH, k_pages, v_pages, rows, work, **options) -> Array:
+def _kernels(q_NQH, k_pages, v_pages, rows, work, lse, options, extras) -> tuple[Array, ...]:
     """The decode lanes through the decode kernel, the chunk lanes through the prefill kernel, both into one array."""
     options["interpret"] = work.interpret
-    if q_NQH.dtype != k_pages.dtype:
-        raise ValueError(f"{work.implementation} wants q in the pages' dtype {k_pages.dtype}, got {q_NQH.dtype}")
-    out_NQH = None
+    chunk = None
     if work.tiles is not None:
-        out_NQH = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, **options)
-    decode = attention_sm90.decode if work.implementation == "sm90" else attention_portable.decode
+        chunk = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, lse=lse, **options, **extras)
     packed = work.implementation == "sm90" and attention_sm90.packs(work.group)
-    o_SGH, lse_SG = decode(q_NQH, k_pages, v_pages, rows, work.shares, **options)
+    if work.implementation == "sm90":
+        o_SGH, lse_SG = attention_sm90.decode(q_NQH, k_pages, v_pages, rows, work.shares, **options)
+    else:
+        o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, **options, **extras)
     shape = dict(heads=q_NQH.shape[1], group=work.group, dtype=q_NQH.dtype)
-    return combine(o_SGH, lse_SG, work.shares, out_NQH, packed=packed, interpret=work.interpret, **shape)
+    return combine(o_SGH, lse_SG, work.shares, chunk, packed=packed, lse=lse, interpret=work.interpret, **shape)
 
 
 def _check_rows(rows: Rows) -> None:
@@ -213,3 +245,23 @@ def _check_call(q_NQH, k_pages, v_pages, rows, work, window, softcap, implementa
         raise ValueError(f"softcap must be above 0, got {softcap}")
     if implementation not in (None, work.implementation):
         raise ValueError(f"work was planned for {work.implementation}, the call names {implementation}")
+
+
+def _check_extras(q_NQH, k_pages, work, sinks_Q, k_scale_K, v_scale_K, lse) -> None:
+    fp8 = k_pages.dtype == jnp.float8_e4m3fn
+    if sinks_Q is not None and sinks_Q.shape != q_NQH.shape[1:2]:
+        raise ValueError(f"sinks_Q must be {q_NQH.shape[1:2]}, one for each query head, got {sinks_Q.shape}")
+    for name, scale_K in (("k_scale_K", k_scale_K), ("v_scale_K", v_scale_K)):
+        if scale_K is not None and not fp8:
+            raise ValueError(f"{name} is for float8_e4m3fn pages, these are {k_pages.dtype}")
+        if scale_K is not None and scale_K.shape != k_pages.shape[1:2]:
+            raise ValueError(f"{name} must be {k_pages.shape[1:2]}, one for each kv head, got {scale_K.shape}")
+    if q_NQH.dtype != k_pages.dtype and not (fp8 and q_NQH.dtype in (jnp.bfloat16, jnp.float16, jnp.float32)):
+        wanted = "bfloat16, float16 or float32" if fp8 else f"the pages' dtype, {k_pages.dtype}"
+        raise ValueError(f"q must be {wanted}, got {q_NQH.dtype}")
+    lacks = IMPLEMENTATIONS[work.implementation].lacks
+    for what, wanted in (("sinks", sinks_Q is not None), ("lse", lse)):
+        if wanted and what in lacks:
+            raise NotImplementedError(
+                f"attention {work.implementation!r} lacks {what}: call plan_work with {what}=True to have another chosen"
+            )

@@ -5,6 +5,7 @@ Part b * K + h + w belongs to worker w's share of row b and kv head h: the flat 
 Pallas-Triton, on every GPU: the parts lie in the second-level cache and the work is too small for anything larger.
 """
 
+import math
 from functools import partial
 
 import jax
@@ -16,34 +17,48 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.work import Shares
 
 LOW = -1e30  # below every score, and finite: LOW - LOW is 0
+LN2 = math.log(2)
 TURN = 4  # parts read at the same time
 
 
 def combine(
-    o_SGH: Array, lse_SG: Array, shares: Shares, out_NQH: Array | None, *, heads: int, group: int, dtype, packed: bool, interpret: bool
-) -> Array:
-    """The M decode lanes -> [M, heads, H] of dtype, or written into the first lanes of `out_NQH`; zeros where no row decodes.
+    o_SGH: Array,
+    lse_SG: Array,
+    shares: Shares,
+    chunk: tuple[Array, ...] | None,
+    *,
+    heads: int,
+    group: int,
+    dtype,
+    packed: bool,
+    lse: bool,
+    interpret: bool,
+) -> tuple[Array, ...]:
+    """The M decode lanes: (o [M, heads, H] of dtype,), zeros where no row decodes; with `lse` also the log-sum-exp [M, heads], -inf there.
 
     o_SGH, lse_SG: the parts, in float32. packed: query head q of row b is line (b * heads + q) % G of its part, else line q % group.
+    chunk: the same of all N lanes, whose first M are then written in place.
     """
     rows, head_dim = shares.count_M.shape[0], o_SGH.shape[2]
-    lanes = (rows, heads, head_dim) if out_NQH is None else out_NQH.shape
+    out = [jax.ShapeDtypeStruct((rows, heads, head_dim), dtype), jax.ShapeDtypeStruct((rows, heads), jnp.float32)][: 1 + lse]
+    chunk = chunk or ()
     kernel = partial(
-        _kernel, heads=heads, group=group, head_dim=head_dim, lines=o_SGH.shape[1], packed=packed, workers=shares.row_W.shape[0]
+        _kernel, heads=heads, group=group, head_dim=head_dim, lines=o_SGH.shape[1], packed=packed, lse=lse, workers=shares.row_W.shape[0]
     )
-    return pl.pallas_call(
+    joined = pl.pallas_call(
         kernel,
         grid=(heads, rows),
-        out_shape=jax.ShapeDtypeStruct(lanes, dtype),
-        input_output_aliases={} if out_NQH is None else {4: 0},
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in chunk] or out,
+        input_output_aliases={4 + i: i for i in range(len(chunk))},
         compiler_params=plt.CompilerParams(num_warps=1, num_stages=1),
         interpret=interpret,
         name="decode_combine",
-    )(o_SGH, lse_SG, shares.start_M1, shares.count_M, *([] if out_NQH is None else [out_NQH]))
+    )(o_SGH, lse_SG, shares.start_M1, shares.count_M, *chunk)
+    return tuple(joined)
 
 
-def _kernel(o_ref, lse_ref, start_ref, count_ref, *out_refs, heads, group, head_dim, lines, packed, workers):
-    head, row, out_ref = pl.program_id(0), pl.program_id(1), out_refs[-1]  # the one before it, if any, is the same array
+def _kernel(o_ref, lse_ref, start_ref, count_ref, *refs, heads, group, head_dim, lines, packed, lse, workers):
+    head, row, out_refs = pl.program_id(0), pl.program_id(1), refs[-1 - lse :]  # those before them, if any, are the same arrays
     kv_head = lax.div(head, jnp.int32(group))
     line = lax.rem(row * heads + head, jnp.int32(lines)) if packed else lax.rem(head, jnp.int32(group))
     count = plt.load(count_ref.at[row])
@@ -66,9 +81,11 @@ def _kernel(o_ref, lse_ref, start_ref, count_ref, *out_refs, heads, group, head_
         return new, total * keep + jnp.sum(weight_T), o_H * keep + jnp.sum(weight_T[:, None] * o_TH, axis=0)
 
     start = (jnp.float32(LOW), jnp.float32(0), jnp.zeros(feature.shape, jnp.float32))
-    _, total, o_H = lax.fori_loop(0, lax.div(last - first + TURN, jnp.int32(TURN)), turn, start)
+    peak, total, o_H = lax.fori_loop(0, lax.div(last - first + TURN, jnp.int32(TURN)), turn, start)
     o_H = o_H / jnp.maximum(total, 1e-30)
-    plt.store(out_ref.at[row, head, feature], o_H.astype(out_ref.dtype), mask=feature < head_dim)
+    plt.store(out_refs[0].at[row, head, feature], o_H.astype(out_refs[0].dtype), mask=feature < head_dim)
+    if lse:
+        plt.store(out_refs[1].at[row, head], jnp.where(count > 0, (peak + jnp.log2(jnp.maximum(total, 1e-30))) * LN2, -jnp.inf))
 
 
 def _worker_of(entry, *, total, workers):

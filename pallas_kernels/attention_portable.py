@@ -21,7 +21,10 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.attention_combine import LOW
 from pallas_kernels.work import Rows, Shares, Tiles
 
-LOG2E = math.log2(math.e)
+LOG2E, LN2 = math.log2(math.e), math.log(2)
+FP8 = jnp.float8_e4m3fn
+WIDENED = 2.0**8  # float16's exponent bias less e4m3's, as a factor
+F16_MAX = 65504.0
 WORKERS_PER_CORE = 3  # decode programs that fit on a multiprocessor at a time
 
 
@@ -55,17 +58,33 @@ def tile_tokens(group: int, head_dim: int, dtype) -> int:
 
 
 def decode(
-    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, shares: Shares, *, scale, window, softcap, interpret
+    q_NQH: Array,
+    k_pages: Array,
+    v_pages: Array,
+    rows: Rows,
+    shares: Shares,
+    *,
+    sinks_Q,
+    k_scale_K,
+    v_scale_K,
+    scale,
+    window,
+    softcap,
+    interpret,
 ) -> tuple[Array, Array]:
-    """The parts of every decode row, for `combine`: o [parts, group, H] and base-2 log-sum-exp [parts, group], float32."""
+    """The parts of every decode row, for `combine`: o [parts, group, H] and base-2 log-sum-exp [parts, group], float32.
+
+    A row's sinks are in the part that holds its first block.
+    """
     kv_heads, _, head_dim = k_pages.shape[1:]
+    q_NQH, extras = _prepared(q_NQH, k_pages, sinks_Q, k_scale_K, v_scale_K)
     group = q_NQH.shape[1] // kv_heads
     parts = rows.length_M.shape[0] * kv_heads + shares.row_W.shape[0]
     options = dict(
         group=group, kv_block=kv_block(head_dim, k_pages.dtype), scale=scale, window=window, softcap=softcap, interpret=interpret
     )
     return pl.pallas_call(
-        partial(_decode_kernel, **options),
+        partial(_decode_kernel, names=tuple(extras), **options),
         grid=shares.row_W.shape,
         out_shape=(jax.ShapeDtypeStruct((parts, group, head_dim), jnp.float32), jax.ShapeDtypeStruct((parts, group), jnp.float32)),
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=5),  # page numbers are loads too: below 5, one K buffer is in flight
@@ -73,15 +92,15 @@ def decode(
         name="paged_decode",
     )(
         q_NQH, k_pages, v_pages, rows.table_MP, rows.length_M, shares.first_M, shares.count_M,
-        shares.start_M1, shares.next_M, shares.bound_W1, shares.row_W,
+        shares.start_M1, shares.next_M, shares.bound_W1, shares.row_W, *extras.values(),
     )  # fmt: skip
 
 
 def _decode_kernel(
-    q_ref, k_ref, v_ref, table_ref, length_ref, first_ref, count_ref, start_ref, next_ref, bound_ref, row_ref, o_ref, lse_ref,
-    *, group, kv_block, scale, window, softcap, interpret,
+    q_ref, k_ref, v_ref, table_ref, length_ref, first_ref, count_ref, start_ref, next_ref, bound_ref, row_ref, *refs,
+    names, group, kv_block, scale, window, softcap, interpret,
 ):  # fmt: skip
-    worker = pl.program_id(0)
+    (o_ref, lse_ref), extras, worker = refs[len(names) :], dict(zip(names, refs, strict=False)), pl.program_id(0)
     end = plt.load(bound_ref.at[worker + 1])
     kv_heads, page_size, head_dim = k_ref.shape[1:]
     line, feature = jnp.arange(max(16, pl.next_power_of_2(group))), jnp.arange(_features(head_dim))
@@ -105,10 +124,17 @@ def _decode_kernel(
             index = (page_S[:, None], head, lax.rem(position_S, jnp.int32(page_size))[:, None], feature[None, :])
             live_SH = seen_S[:, None] & (feature < head_dim)[None, :]
             k_SH = plt.load(k_ref.at[index], mask=live_SH, other=0.0)
-            s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, scale, softcap), LOW)
-            return _attend(attended, s_RS, plt.load(v_ref.at[index], mask=live_SH, other=0.0), _unit(scale, softcap), interpret)
+            s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, k_unit, softcap), LOW)
+            return _attend(attended, s_RS, plt.load(v_ref.at[index], mask=live_SH, other=0.0), _unit(k_unit, softcap), interpret)
 
-        peak_R, sum_R, o_RH = lax.fori_loop(block, block + blocks, turn, _nothing(line.shape[0], feature.shape[0]))
+        k_unit, v_unit = _units(extras, head, scale)
+        attended = _nothing(line.shape[0], feature.shape[0])
+        if "sinks" in extras:
+            sink_R = plt.load(extras["sinks"].at[head * group + line], mask=line < group, other=LOW)
+            opens_R = jnp.broadcast_to(lax.rem(offset, count) == 0, line.shape)  # the first part of this row and head holds its sinks
+            attended = (jnp.where(opens_R, sink_R, LOW), jnp.where(opens_R, 1.0, attended[1]), attended[2])
+        peak_R, sum_R, o_RH = lax.fori_loop(block, block + blocks, turn, attended)
+        o_RH = o_RH if v_unit is None else o_RH * v_unit
         part = row * kv_heads + head + worker
         plt.store(o_ref.at[part, line[:, None], feature[None, :]], o_RH / jnp.maximum(sum_R, 1e-30)[:, None], mask=live_RH)
         plt.store(lse_ref.at[part, line], peak_R + jnp.log2(jnp.maximum(sum_R, 1e-30)), mask=line < group)
@@ -118,9 +144,17 @@ def _decode_kernel(
     lax.while_loop(lambda state: state[0] < end, segment, (plt.load(bound_ref.at[worker]), plt.load(row_ref.at[worker])))
 
 
-def prefill(q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *, scale, window, softcap, interpret) -> Array:
-    """Attention of the chunk lanes -> [N, Q, H]; the decode lanes, and chunk lanes that no row owns, are zeros."""
+def prefill(
+    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *,
+    lse, sinks_Q, k_scale_K, v_scale_K, scale, window, softcap, interpret,
+) -> tuple[Array, ...]:  # fmt: skip
+    """Attention of the chunk lanes: (o [N, Q, H],), with `lse` also the log-sum-exp [N, Q] float32.
+
+    The decode lanes, and chunk lanes that no row owns, are zeros, and -inf.
+    """
     kv_heads, _, head_dim = k_pages.shape[1:]
+    empty = (jnp.zeros_like(q_NQH), jnp.full(q_NQH.shape[:2], -jnp.inf, jnp.float32))[: 1 + lse]
+    q_NQH, extras = _prepared(q_NQH, k_pages, sinks_Q, k_scale_K, v_scale_K)
     lines, block, num_warps, num_stages = tiling(head_dim, k_pages.dtype)
     options = dict(
         lines=lines,
@@ -132,30 +166,33 @@ def prefill(q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Til
         softcap=softcap,
         interpret=interpret,
     )
-    return pl.pallas_call(
-        partial(_prefill_kernel, **options),
+    inputs = (q_NQH, k_pages, v_pages, rows.table_MP, tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, *extras.values())
+    attended = pl.pallas_call(
+        partial(_prefill_kernel, names=tuple(extras), outputs=len(empty), **options),
         grid=(kv_heads, tiles.row_I.shape[0]),
-        out_shape=jax.ShapeDtypeStruct(q_NQH.shape, q_NQH.dtype),
-        input_output_aliases={8: 0},
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in empty],
+        input_output_aliases={len(inputs) + i: i for i in range(len(empty))},
         compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
         interpret=interpret,
         name="paged_prefill",
-    )(q_NQH, k_pages, v_pages, rows.table_MP, tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, jnp.zeros_like(q_NQH))
+    )(*inputs, *empty)
+    return tuple(attended)
 
 
-def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, row_ref, begin_ref, size_ref, position_ref, _, o_ref, **options):
+def _prefill_kernel(q_ref, k_ref, v_ref, table_ref, row_ref, begin_ref, size_ref, position_ref, *refs, names, outputs, **options):
     kv_head, tile = pl.program_id(0), pl.program_id(1)
+    extras, out_refs = dict(zip(names, refs, strict=False)), refs[-outputs:]
     size = plt.load(size_ref.at[tile])
 
     @pl.when(size > 0)
     def _():
         place = (plt.load(row_ref.at[tile]), plt.load(begin_ref.at[tile]), size, plt.load(position_ref.at[tile]))
-        _prefill_tile((q_ref, k_ref, v_ref, table_ref, o_ref), kv_head, place, **options)
+        _prefill_tile((q_ref, k_ref, v_ref, table_ref, extras, out_refs), kv_head, place, **options)
 
 
 def _prefill_tile(refs, kv_head, place, *, lines, group, first_lane, kv_block, scale, window, softcap, interpret):
     """One tile: `size` tokens of `row`, the first in chunk lane `begin` and at `position`, by the group of one kv head."""
-    (q_ref, k_ref, v_ref, table_ref, o_ref), (row, begin, size, position) = refs, place
+    (q_ref, k_ref, v_ref, table_ref, extras, out_refs), (row, begin, size, position) = refs, place
     page_size, head_dim = k_ref.shape[2:]
     padded = pl.next_power_of_2(group)
     line, feature, slot = jnp.arange(max(lines, padded)), jnp.arange(_features(head_dim)), jnp.arange(kv_block)
@@ -180,13 +217,13 @@ def _prefill_tile(refs, kv_head, place, *, lines, group, first_lane, kv_block, s
             masks = dict(mask=(position_S < end)[:, None] & real_H, other=0.0)
         elif feature.shape[0] != head_dim:
             masks = dict(mask=jnp.broadcast_to(real_H, (kv_block, feature.shape[0])), other=0.0)
-        s_RS = _scores(q_RH, plt.load(k_ref.at[index], **masks), scale, softcap)
+        s_RS = _scores(q_RH, plt.load(k_ref.at[index], **masks), k_unit, softcap)
         if edge:
             seen_RS = position_S[None, :] <= position_R[:, None]
             if window is not None:
                 seen_RS &= position_S[None, :] > position_R[:, None] - window
             s_RS = jnp.where(seen_RS, s_RS, LOW)
-        return _attend(attended, s_RS, plt.load(v_ref.at[index], **masks), _unit(scale, softcap), interpret)
+        return _attend(attended, s_RS, plt.load(v_ref.at[index], **masks), _unit(k_unit, softcap), interpret)
 
     # Blocks [low, inner) cut through some token's window, [inner, outer) are seen whole by all, [outer, high) cut through the diagonal.
     block = jnp.int32(kv_block)
@@ -196,14 +233,47 @@ def _prefill_tile(refs, kv_head, place, *, lines, group, first_lane, kv_block, s
         low = lax.div(jnp.maximum(position - window + 1, 0), block)
         inner = jnp.minimum(lax.div(jnp.maximum(end - window, 0) + block - 1, block), high)
     outer = jnp.maximum(lax.div(position + 1, block), inner)
+    k_unit, v_unit = _units(extras, kv_head, scale)
     attended = _nothing(line.shape[0], feature.shape[0])
+    if "sinks" in extras:
+        sink_R = plt.load(extras["sinks"].at[kv_head * group + member_R], mask=member_R < group, other=LOW)
+        attended = (sink_R, jnp.ones_like(sink_R), attended[2])
     if window is not None:
         attended = lax.fori_loop(low, inner, partial(turn, edge=True), attended)
     attended = lax.fori_loop(inner, outer, partial(turn, edge=False), attended)
-    _, sum_R, o_RH = lax.fori_loop(outer, high, partial(turn, edge=True), attended)
+    peak_R, sum_R, o_RH = lax.fori_loop(outer, high, partial(turn, edge=True), attended)
     o_RH = o_RH / jnp.maximum(sum_R, 1e-30)[:, None]
-    out = ((first_lane + begin + token_R)[:, None], (kv_head * group + member_R)[:, None], feature[None, :])
-    plt.store(o_ref.at[out], o_RH.astype(o_ref.dtype), mask=live_RH)
+    o_RH = o_RH if v_unit is None else o_RH * v_unit
+    lane_R, head_R = first_lane + begin + token_R, kv_head * group + member_R
+    plt.store(out_refs[0].at[lane_R[:, None], head_R[:, None], feature[None, :]], o_RH.astype(out_refs[0].dtype), mask=live_RH)
+    if len(out_refs) > 1:
+        lse_R = (peak_R + jnp.log2(jnp.maximum(sum_R, 1e-30))) * LN2
+        plt.store(out_refs[1].at[lane_R, head_R], lse_R, mask=(token_R < size) & (member_R < group))
+
+
+def _prepared(q_NQH: Array, k_pages: Array, sinks, k_scale, v_scale) -> tuple[Array, dict[str, Array]]:
+    """q as the kernels multiply it, and what else they read: sinks in base 2, and the scale of each kv head that has one."""
+    extras = {} if sinks is None else {"sinks": sinks.astype(jnp.float32) * LOG2E}
+    if k_pages.dtype == FP8:
+        ones = jnp.ones(k_pages.shape[1], jnp.float32)
+        extras["k_scale"], extras["v_scale"] = (WIDENED * (ones if x is None else x.astype(jnp.float32)) for x in (k_scale, v_scale))
+        q_NQH = jnp.clip(q_NQH, -F16_MAX, F16_MAX).astype(jnp.float16)  # q of bfloat16 has no bits that float16 would round
+    return q_NQH, extras
+
+
+def _widened(x):
+    """A block of fp8 pages as float16 numbers 1 / WIDENED as large: exact, and integer arithmetic only, which Ampere has too."""
+    if x.dtype != FP8:
+        return x
+    bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
+    return lax.bitcast_convert_type(((bits & 0x80) << 8) | ((bits & 0x7F) << 7), jnp.float16)
+
+
+def _units(extras, kv_head, scale):
+    """What a score has to be multiplied by, and an output (None: by nothing)."""
+    k_unit = scale * plt.load(extras["k_scale"].at[kv_head]) if "k_scale" in extras else scale
+    v_unit = plt.load(extras["v_scale"].at[kv_head]) if "v_scale" in extras else None
+    return k_unit, v_unit
 
 
 def _features(head_dim: int) -> int:
@@ -223,7 +293,7 @@ def _dot(a, b, **options):
 
 def _scores(q_RH, k_SH, scale, softcap):
     """Scores up to `_unit`."""
-    s_RS = _dot(q_RH, k_SH, trans_b=True)
+    s_RS = _dot(q_RH, _widened(k_SH), trans_b=True)
     return s_RS if softcap is None else jnp.tanh(s_RS * (scale / softcap))
 
 
@@ -242,7 +312,7 @@ def _exp2(x, interpret: bool):
 
 def _attend(attended, s_RS, v_SH, unit, interpret):
     """One turn of the online softmax, over scores of which each is `unit` in the exponent."""
-    peak_R, sum_R, o_RH = attended
+    (peak_R, sum_R, o_RH), v_SH = attended, _widened(v_SH)
     new_R = jnp.maximum(peak_R, jnp.max(s_RS, axis=1) * unit)
     p_RS = _exp2(s_RS * unit - new_R[:, None], interpret)
     keep_R = _exp2(peak_R - new_R, interpret)

@@ -21,7 +21,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `paged_attention`. chunk_lens: 0 for a row that decodes; lengths: 0 for an empty row."""
+    """One call of `paged_attention`. chunk_lens: 0 for a row that decodes; lengths: 0 if empty. pages: the pages' dtype, if not q's."""
 
     heads: Heads
     lengths: tuple[int, ...]
@@ -31,12 +31,20 @@ class Case:
     window: int | None = None
     softcap: float | None = None
     spare: int = 0  # chunk lanes beyond those that rows own
+    pages: str | None = None
+    sinks: bool = False
+    shared: int = 0  # pages that every row begins with
+
+    @property
+    def page_dtype(self) -> str:
+        return self.pages or self.dtype
 
     @property
     def chunk(self) -> int:
         return sum(self.chunk_lens) + self.spare
 
 
+FP8 = "float8_e4m3fn"
 LLAMA_8B, QWEN_3B, QWEN_05B = Heads(32, 8, 128), Heads(16, 2, 128), Heads(14, 2, 64)
 
 # Each holds what once went wrong somewhere: empty rows, length 1, page borders, rows that many workers share.
@@ -58,6 +66,14 @@ CORRECT = {
     "head_dim_8": Case(Heads(4, 1, 8), (9, 200, 150), (0, 0, 40), page_size=16),
     "head_dim_256": Case(Heads(8, 4, 256), (9, 200, 150), (0, 0, 40), window=99, softcap=50.0),
     "float32": Case(Heads(6, 2, 64), (9, 200, 150), (0, 0, 40), dtype="float32"),
+    "sinks": Case(Heads(16, 2, 64), (1, 0, 200, 150, 900), (0, 0, 0, 40, 0), window=128, sinks=True),
+    "sinks_softcap": Case(QWEN_3B, (77, 640), (0, 30), softcap=20.0, sinks=True),
+    "fp8": Case(LLAMA_8B, (1, 0, 63, 64, 65, 700, 3000), (0, 0, 0, 0, 0, 100, 0), pages=FP8, spare=3),
+    "fp8_page_16": Case(QWEN_05B, (333, 17, 64), (0, 0, 64), page_size=16, pages=FP8, window=70, sinks=True),
+    "fp8_float16": Case(Heads(8, 4, 96), (9, 200, 150), (0, 0, 40), dtype="float16", pages=FP8, softcap=30.0),
+    "shared_pages": Case(LLAMA_8B, (300, 129, 1000, 128, 131), (0, 1, 40, 0, 3), shared=2),
+    "long": Case(Heads(2, 1, 64), (131_072, 1, 40_000)),
+    "long_prefix": Case(Heads(2, 1, 64), (131_072, 70_000), (64, 0), window=4096),
 }
 
 # Small enough for an interpreter.
@@ -66,6 +82,9 @@ SMALL = {
     "decode_group_3_window": Case(Heads(6, 2, 64), (140, 20), page_size=16, window=70, softcap=5.0),
     "mixed": Case(Heads(6, 2, 24), (70, 37, 0, 5), (0, 20, 0, 5), page_size=16, dtype="float32", window=30, spare=3),
     "mixed_softcap": Case(Heads(4, 1, 16), (33, 100), (0, 70), page_size=32, softcap=9.0),
+    "mixed_sinks": Case(Heads(6, 2, 24), (70, 37, 0, 5), (0, 20, 0, 5), page_size=16, dtype="float16", window=30, spare=3, sinks=True),
+    "mixed_fp8": Case(Heads(6, 2, 40), (70, 37, 0, 150), (0, 20, 0, 5), page_size=16, spare=3, sinks=True, pages=FP8),
+    "shared_pages": Case(Heads(2, 1, 16), (150, 64, 80), (0, 0, 20), page_size=32, shared=2),
     "mixed_window_many_blocks": Case(Heads(2, 1, 8), (300, 290), (0, 140), page_size=64, window=100),
 }
 

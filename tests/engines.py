@@ -38,9 +38,9 @@ def make_plan(**changes) -> Plan:
 
 
 @cache
-def runner(name: str, devices: int = 1) -> Runner:
+def runner(name: str, devices: int = 1, kv_dtype: str | None = None) -> Runner:
     """Compiled once a process; the pages it writes outlive a Core, as no Core trusts a page it did not fill itself."""
-    plan = make_plan(tensor_parallel_size=devices)
+    plan = make_plan(tensor_parallel_size=devices, kv_dtype=kv_dtype)
     model = decoder(name, devices)
     mesh = make_mesh(jax.devices()[:devices])
     made = Runner(model, plan, mesh, "reference")
@@ -48,10 +48,10 @@ def runner(name: str, devices: int = 1) -> Runner:
     return made
 
 
-def core(name: str, devices: int = 1, tokenizer=None, **changes) -> Core:
+def core(name: str, devices: int = 1, tokenizer=None, kv_dtype: str | None = None, **changes) -> Core:
     """A fresh scheduler over the shared runner. `changes` may use fewer pages or buckets than were compiled, never others."""
-    made = runner(name, devices)
-    return Core(made, make_plan(**changes), made.model.vocab_size, EOS, tokenizer, seed=0)
+    made = runner(name, devices, kv_dtype)
+    return Core(made, make_plan(kv_dtype=kv_dtype, **changes), made.model.vocab_size, EOS, tokenizer, seed=0)
 
 
 class Gather:

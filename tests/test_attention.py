@@ -1,88 +1,21 @@
-"""Paged attention and the write of its pages, against an oracle in float64 numpy that knows nothing of blocks or online softmax."""
+"""Paged attention and the write of its pages, against the oracle."""
 
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_oracle import Inputs, attend, check, draw, on_gpu, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import Rows, capability_of, implementation_for, paged_attention, plan_work, write_kv
+from pallas_kernels.attention import IMPLEMENTATIONS, misses
 from pallas_kernels.shapes import CORRECT, SMALL, Case, Heads
-
-Arrays = tuple[jax.Array, jax.Array, jax.Array]  # q, k_pages, v_pages
-TOLERANCE = {"float32": 2e-5, "float16": 2e-3, "bfloat16": 1.5e-2}  # the output's own rounding, and that of the probabilities
-
-
-def draw(case: Case, seed: int = 0) -> tuple[Arrays, Rows]:
-    """q, pages and rows of a case. Every slot that no row's token is in holds NaN, in pages handed out in random order."""
-    random = np.random.default_rng(seed)
-    heads, size, count = case.heads, case.page_size, len(case.lengths)
-    chunk_lens = case.chunk_lens or (0,) * count
-    needed = [-(-length // size) for length in case.lengths]
-    pages = sum(needed) + 3
-    order = iter(random.permutation(pages).tolist())
-    table = np.full((count, max(needed) + 1), pages - 1, np.int32)
-    k, v = np.full((2, pages, heads.kv_heads, size, heads.head_dim), np.nan)
-    for row, length in enumerate(case.lengths):
-        for i in range(needed[row]):
-            table[row, i] = page = next(order)
-            filled = min(size, length - i * size)
-            k[page, :, :filled], v[page, :, :filled] = random.normal(size=(2, heads.kv_heads, filled, heads.head_dim))
-    starts = np.cumsum((0, *chunk_lens[:-1]))
-    rows = Rows(*(jnp.asarray(x, jnp.int32) for x in (table, case.lengths, starts, chunk_lens)))
-    q = random.normal(size=(count + case.chunk, heads.heads, heads.head_dim))
-    return (jnp.asarray(q, case.dtype), jnp.asarray(k, case.dtype), jnp.asarray(v, case.dtype)), rows
-
-
-def oracle(q_NQH, k_pages, v_pages, rows: Rows, *, chunk: int, scale: float, window: int | None, softcap: float | None) -> np.ndarray:
-    """Attention token by token, from each row's tokens laid out one after another."""
-    q, k_pages, v_pages = (np.asarray(x).astype(np.float64) for x in (q_NQH, k_pages, v_pages))
-    table, lengths, starts, chunk_lens = (np.asarray(x) for x in (rows.table_MP, rows.length_M, rows.chunk_start_M, rows.chunk_len_M))
-    count, page_size, group = len(lengths), k_pages.shape[2], q.shape[1] // k_pages.shape[1]
-    assert len(q) == count + chunk
-    out = np.zeros_like(q)
-    for row, length in enumerate(lengths):
-        slots = table[row, np.arange(length) // page_size], slice(None), np.arange(length) % page_size
-        k, v = (np.repeat(pages[slots], group, axis=1) for pages in (k_pages, v_pages))  # [length, Q, H]
-        owned = [(count + starts[row] + j, length - chunk_lens[row] + j) for j in range(chunk_lens[row])]
-        for lane, position in owned or [(row, length - 1)] * bool(length):
-            seen = slice(max(0, position + 1 - window) if window else 0, position + 1)
-            s = np.einsum("qh,tqh->qt", q[lane], k[seen]) * scale
-            s = s if softcap is None else softcap * np.tanh(s / softcap)
-            p = np.exp(s - s.max(axis=1, keepdims=True))
-            out[lane] = np.einsum("qt,tqh->qh", p / p.sum(axis=1, keepdims=True), v[seen])
-    return out
-
-
-def attend(arrays: Arrays, rows: Rows, *, case: Case, implementation: str | None = None, interpret: bool = False):
-    """The public ops, called as an engine calls them."""
-    heads = case.heads
-    shape: dict[str, Any] = dict(
-        page_size=case.page_size, kv_heads=heads.kv_heads, group=heads.group, head_dim=heads.head_dim, dtype=case.dtype
-    )
-    work = plan_work(rows, **shape, window=case.window, chunk=case.chunk, implementation=implementation, interpret=interpret)
-    options = dict(scale=heads.head_dim**-0.5, window=case.window, softcap=case.softcap)
-    return paged_attention(*arrays, rows, work, **options, implementation=implementation)
-
-
-def check(case: Case, implementation: str | None = None, *, interpret: bool = False, seed: int = 0) -> None:
-    arrays, rows = draw(case, seed)
-    run = jax.jit(partial(attend, case=case, implementation=implementation, interpret=interpret))
-    out = np.asarray(run(arrays, rows)).astype(np.float64)
-    wanted = oracle(*arrays, rows, chunk=case.chunk, scale=case.heads.head_dim**-0.5, window=case.window, softcap=case.softcap)
-    tolerance = TOLERANCE[case.dtype]
-    np.testing.assert_allclose(out, wanted, rtol=tolerance, atol=tolerance)
-    assert not out[(wanted == 0).all(axis=(1, 2))].any()  # lanes nobody owns are zeros exactly
-
-
-def on_gpu() -> bool:
-    return jax.devices()[0].platform == "gpu"
 
 
 @pytest.mark.parametrize("name", CORRECT)
@@ -100,7 +33,9 @@ def test_sm90_interpreted(name):
     check(SMALL[name], "sm90", interpret=True)
 
 
-HOPPER = [name for name, case in CORRECT.items() if case.heads.head_dim in (64, 128) and case.dtype != "float32"]
+def reaches(implementation: str, case: Case) -> bool:
+    heads, reach = case.heads, IMPLEMENTATIONS[implementation]
+    return misses(reach, heads.head_dim, case.page_dtype, case.page_size, heads.group, case.sinks, lse=True) is None
 
 
 @pytest.mark.gpu
@@ -109,8 +44,8 @@ HOPPER = [name for name, case in CORRECT.items() if case.heads.head_dim in (64, 
 @pytest.mark.parametrize("implementation", ["sm90", "portable"])
 def test_gpu(name, implementation):
     case = CORRECT[name]
-    if implementation == "sm90" and (capability_of(jax.devices()[0]) != "9.0" or name not in HOPPER):
-        pytest.skip(f"sm90 needs a Hopper GPU and head_dim 64 or 128, not {case.heads.head_dim} in {case.dtype}")
+    if implementation == "sm90" and (capability_of(jax.devices()[0]) != "9.0" or not reaches("sm90", case)):
+        pytest.skip(f"sm90 needs a Hopper GPU, and cannot do {case}")
     jax.block_until_ready(jnp.full((1 << 28,), jnp.nan))  # freed at once: what a kernel forgets to write is NaN, not an older right answer
     check(case, implementation)
 
@@ -138,14 +73,16 @@ RANDOM = Case(Heads(4, 2, 16), (0,) * 4, page_size=8, dtype="float32", spare=24)
 def test_random_rows(implementation, window, softcap):
     case, random = replace(RANDOM, window=window, softcap=softcap), np.random.default_rng(7)
     q, k, v = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((28, 4, 16), (20, 2, 8, 16), (20, 2, 8, 16)))
-    run = jax.jit(partial(attend, case=case, implementation=implementation, interpret=implementation == "portable"))
+    run = jax.jit(partial(attend, case=case, implementation=implementation, interpret=implementation == "portable", lse=True))
 
     @settings(max_examples=25, deadline=None)
     @given(st.data())
     def holds(data):
         rows = random_rows(data, rows=4, chunk=case.chunk, pages=20, table=6, page_size=8)
-        wanted = oracle(q, k, v, rows, chunk=case.chunk, scale=0.25, window=window, softcap=softcap)
-        np.testing.assert_allclose(run((q, k, v), rows), wanted, rtol=1e-4, atol=1e-5)
+        inputs = Inputs(q, k, v, rows)
+        wanted = oracle(inputs, chunk=case.chunk, scale=0.25, window=window, softcap=softcap)
+        for got, expected in zip(run(inputs), wanted, strict=True):
+            np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
     holds()
 
@@ -153,17 +90,17 @@ def test_random_rows(implementation, window, softcap):
 def test_inside_shard_map():
     """Sharded by kv heads, each device sees its own heads, and the plan is the same for all."""
     case = replace(SMALL["mixed"], heads=Heads(6, 2, 16))
-    arrays, rows = draw(case)
+    inputs = draw(case)
     mesh = jax.make_mesh((1,), ("tp",), axis_types=(jax.sharding.AxisType.Auto,))
     heads, pages, whole = P(None, "tp"), P(None, "tp"), P()
     shape: dict[str, Any] = dict(
         page_size=case.page_size, kv_heads=2, group=3, head_dim=16, dtype=case.dtype, window=case.window, chunk=case.chunk
     )
-    work = plan_work(rows, **shape)
+    work = plan_work(inputs.rows, **shape)
     attend = partial(paged_attention, scale=0.25, window=case.window)
     sharded = jax.shard_map(attend, mesh=mesh, in_specs=(heads, pages, pages, whole, whole), out_specs=heads, check_vma=False)
-    wanted = oracle(*arrays, rows, chunk=case.chunk, scale=0.25, window=case.window, softcap=None)
-    np.testing.assert_allclose(jax.jit(sharded)(*arrays, rows, work), wanted, rtol=1e-4, atol=1e-5)
+    out = jax.jit(sharded)(inputs.q, inputs.k_pages, inputs.v_pages, inputs.rows, work)
+    np.testing.assert_allclose(out, oracle(inputs, chunk=case.chunk, scale=0.25, window=case.window)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +126,7 @@ PLAN: dict[str, Any] = dict(page_size=8, kv_heads=2, group=2, head_dim=16, dtype
 
 
 def test_an_implementation_that_cannot_says_so_with_numbers():
-    _, rows = draw(Case(Heads(4, 2, 16), (5, 9), page_size=8))
+    rows = draw(Case(Heads(4, 2, 16), (5, 9), page_size=8)).rows
     with pytest.raises(NotImplementedError, match="cannot take head_dim 16: it takes 64, 128"):
         plan_work(rows, **PLAN, implementation="sm90")
     with pytest.raises(NotImplementedError, match="cannot take head_dim 20: it takes 8 to 256"):
@@ -250,3 +187,55 @@ def test_write_kv_refuses_shapes_that_do_not_fit():
         write_kv(pages, pages, new[:4], new, slot)
     with pytest.raises(ValueError, match=r"k_pages .*9, 2, 8, 16.* and v_pages .*8, 2, 8, 16.* differ"):
         write_kv(pages, pages[:8], new, new, slot)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (dict(sinks_Q=(5,)), r"sinks_Q must be \(4,\), one for each query head, got \(5,\)"),
+        (dict(k_scale_K=(2,)), "k_scale_K is for float8_e4m3fn pages, these are float32"),
+        (dict(v_scale_K=(2,)), "v_scale_K is for float8_e4m3fn pages, these are float32"),
+        (dict(k_scale_K=(4,), pages="float8_e4m3fn"), r"k_scale_K must be \(2,\), one for each kv head, got \(4,\)"),
+        (dict(q="float16"), "q must be the pages' dtype, float32, got float16"),
+        (dict(q="int32", pages="float8_e4m3fn"), "q must be bfloat16, float16 or float32, got int32"),
+    ],
+)
+def test_wrong_extras_are_refused_with_both_numbers(change, sentence):
+    rows = Rows(jnp.zeros((4, 6), jnp.int32), *(jnp.zeros(4, jnp.int32) for _ in range(3)))
+    change = dict(change)
+    dtype = change.pop("pages", "float32")
+    work = plan_work(rows, **dict(PLAN, dtype=dtype), implementation="reference")
+    q, pages = jnp.zeros((28, 4, 16), change.pop("q", "float32")), jnp.zeros((20, 2, 8, 16), dtype)
+    with pytest.raises(ValueError, match=sentence):
+        paged_attention(q, pages, pages, rows, work, scale=1.0, **cast(Any, {name: jnp.ones(size) for name, size in change.items()}))
+
+
+def test_what_an_implementation_lacks_is_planned_around():
+    rows = draw(Case(Heads(4, 2, 64), (5, 9))).rows
+    shape: dict[str, Any] = dict(page_size=64, kv_heads=2, group=2, head_dim=64, dtype="bfloat16")
+    for what in IMPLEMENTATIONS["sm90"].lacks:
+        with pytest.raises(NotImplementedError, match="attention 'sm90' cannot take"):
+            plan_work(rows, **shape, **{what: True}, implementation="sm90")
+        assert implementation_for("9.0", head_dim=64, dtype="bfloat16", page_size=64, **{what: True}) == "portable"
+    if "sinks" in IMPLEMENTATIONS["sm90"].lacks:
+        work = plan_work(rows, **shape, implementation="sm90", interpret=True)
+        pages = jnp.zeros((9, 2, 64, 64), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match="'sm90' lacks sinks: call plan_work with sinks=True"):
+            paged_attention(jnp.zeros((2, 4, 64), jnp.bfloat16), pages, pages, rows, work, scale=1.0, sinks_Q=jnp.zeros(4))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "portable"])
+def test_write_kv_stores_fp8_by_its_scales(implementation):
+    """Each number is the fp8 number nearest to it / scale; beyond 448 it is 448, not NaN."""
+    random = np.random.default_rng(3)
+    pages = jnp.asarray(random.normal(size=(2, 9, 3, 8, 24)), "float8_e4m3fn")
+    new = random.normal(size=(2, 5, 3, 24)).astype(np.float32) * 10
+    new[:, 2] *= 1000
+    scales, slot = np.array([[0.5, 1, 2], [0.1, 3, 4]], np.float32), np.array([9, 70, 33, 8, 12], np.int32)
+    write = partial(write_kv, implementation=implementation, interpret=not on_gpu())
+    out = write(*pages, *map(jnp.asarray, (*new, slot)), k_scale_K=scales[0], v_scale_K=scales[1])
+    wanted = np.asarray(pages).astype(np.float32)
+    for n in range(5):
+        wanted[:, slot[n] // 8, :, slot[n] % 8] = np.clip(new[:, n] / scales[:, :, None], -448, 448).astype("float8_e4m3fn")
+    np.testing.assert_array_equal(np.stack(out).astype(np.float32), wanted)
+    assert np.abs(wanted).max() == 448

@@ -51,7 +51,7 @@ def test_every_option_has_a_flag_with_one_sentence(groups, owner):
 EVERY_FLAG = """--host ::1 --port 9 --api-key k --enable-log-requests --model m --served-model-name s --tokenizer t --chat-template c
     --generation-config vllm --hf-overrides '{"a":1}' --dtype half --max-model-len 8K --max-logprobs 5 --seed 3 --enforce-eager
     --load-format dummy --revision r --download-dir d --device cpu --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --block-size 16
-    --num-gpu-blocks-override 9 --no-enable-prefix-caching --max-num-seqs 4 --max-num-batched-tokens 64"""
+    --kv-cache-dtype fp8 --num-gpu-blocks-override 9 --no-enable-prefix-caching --max-num-seqs 4 --max-num-batched-tokens 64"""
 
 
 def test_every_flag_reaches_its_field():
@@ -76,6 +76,7 @@ def test_every_flag_reaches_its_field():
         tensor_parallel_size=2,
         gpu_memory_utilization=0.5,
         block_size=16,
+        kv_cache_dtype="fp8",
         num_gpu_blocks_override=9,
         enable_prefix_caching=False,
         max_num_seqs=4,
@@ -124,6 +125,7 @@ def test_human_lengths(text, tokens):
         (["--port", "x"], "'x'"),
         (["--load-format", "gguf"], "gguf"),
         (["--dtype", "int3"], "int3"),
+        (["--kv-cache-dtype", "int8"], "int8"),
         (["--hf-overrides", "[1]"], "a JSON object is wanted"),
         (["--hf-overrides", "{"], "is not JSON"),
         (["--gpu-memory-utilization", "1.5"], "fraction"),
