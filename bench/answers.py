@@ -24,7 +24,7 @@ METRICS = {  # name: (title of its section, short name)
 
 @dataclass(frozen=True)
 class Answer:
-    """One request's outcome. `sent` and `times` (a time for each token event) are perf_counter's; tokens are the server's count if it gave one."""
+    """One request's outcome. `sent` and `times`, one a token event, are perf_counter's; tokens are the server's count if it gave one."""
 
     index: int
     sent: float

@@ -1,6 +1,6 @@
 """How long one batch takes from prompts to last token, through the Python API, in the layout of vLLM's latency bench.
 
-    jaxllm bench latency --model qwen2.5-0.5b --load-format dummy --batch-size 8
+jaxllm bench latency --model qwen2.5-0.5b --load-format dummy --batch-size 8
 """
 
 import argparse

@@ -77,7 +77,9 @@ def shares(job: Job, processes: int) -> list[Job]:
     if job.concurrency is not None:
         slots = [job.concurrency // processes + (i < job.concurrency % processes) for i in range(processes)]
     return [
-        Job(**{**vars(job), "calls": job.calls[i::processes], "concurrency": slot}) for i, slot in enumerate(slots) if job.calls[i::processes]
+        Job(**{**vars(job), "calls": job.calls[i::processes], "concurrency": slot})
+        for i, slot in enumerate(slots)
+        if job.calls[i::processes]
     ]
 
 
@@ -111,13 +113,11 @@ def verdict(efforts: Sequence[Effort], events: int) -> str:
     share = max(e.cpu / e.wall for e in efforts)
     cpu = sum(e.cpu for e in efforts)
     late, lag = max(e.late for e in efforts), max(e.lag for e in efforts)
-    line = (
-        f"client: {len(efforts)} process{'es' if len(efforts) > 1 else ''} ({client.loop_factory()[1]}), {events:,} events; the busiest used "
-        f"{share:.0%} of a core ({1e6 * cpu / max(events, 1):.1f} µs an event); at worst {1e3 * late:.1f} ms late to send, "
-        f"{1e3 * lag:.1f} ms to read"
-    )
+    who = f"{len(efforts)} process{'es' if len(efforts) > 1 else ''} ({client.loop_factory()[1]})"
+    cost = f"the busiest used {share:.0%} of a core ({1e6 * cpu / max(events, 1):.1f} µs an event)"
+    line = f"client: {who}, {events:,} events; {cost}; at worst {1e3 * late:.1f} ms late to send, {1e3 * lag:.1f} ms to read"
     if share > BUSY:
-        return f"{line}\nTHE CLIENT WAS AT ITS LIMIT: these figures are its own as much as the server's; repeat with more --processes"
-    if lag > LATE or late > LATE:
-        line += f"\nThe client was held up for over {1e3 * LATE:.0f} ms at least once (a busy machine, or a burst): its worst times may be its own"
+        return f"{line}\nTHE CLIENT WAS AT ITS LIMIT: these figures are its own as much as the server's; add --processes"
+    if max(lag, late) > LATE:
+        line += f"\nThe client was held up for over {1e3 * LATE:.0f} ms at least once, by a burst or a busy machine: see its worst times so"
     return line

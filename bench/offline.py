@@ -12,7 +12,6 @@ import contextlib
 import json
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,21 +89,6 @@ class Bench:
         return row | {key: found for key, found in extra.items() if found is not None}
 
 
-@contextlib.contextmanager
-def model_folder(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A path to load and its config.json: of a shape's name, a temporary folder that holds the config alone."""
-    if model in workloads.SHAPES:
-        with tempfile.TemporaryDirectory() as folder:
-            config = workloads.SHAPES[model]
-            (Path(folder) / "config.json").write_text(json.dumps(config, indent=1))
-            yield folder, config
-        return
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        raise SystemExit(f"{model} is neither a folder with a config.json nor a shape; shapes: {', '.join(workloads.SHAPES)}")
-    yield model, json.loads(path.read_text())
-
-
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
     """EngineConfig's fields for these workloads: room for their longest request and their largest batch."""
     longest, rows = 0, 0
@@ -171,21 +155,16 @@ def parser() -> argparse.ArgumentParser:
 @contextlib.contextmanager
 def loaded(args: argparse.Namespace, options: dict[str, Any], repeats: int = 1) -> Iterator[Bench]:
     """The model that the arguments name, loaded; hardware, versions and starting time are printed."""
-    with model_folder(args.model) as (folder, config):
+    with workloads.model_folder(args.model) as (folder, config):
         start = time.perf_counter()
         llm = LLM(model=folder, **options)
         started = time.perf_counter() - start
 
         import jax  # only now: the engine chooses devices before the backend starts
 
-        device, name = jax.devices()[0].device_kind, model_name(args.model)
+        device, name = jax.devices()[0].device_kind, workloads.model_name(args.model)
         print(f"{name} on {device}, {record.versions()}, started in {started:.1f} s", flush=True)
         yield Bench(llm, config=config, device=device, model=name, dtype=args.dtype, tp=args.tensor_parallel_size, repeats=repeats)
-
-
-def model_name(model: str) -> str:
-    """What rows call a model: a shape's name, or a folder's."""
-    return model if model in workloads.SHAPES else Path(model).resolve().name
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -89,7 +89,7 @@ def warm_up(job: load.Job, count: int) -> None:
     """Requests that nobody times; the first shows whether the server understands what is asked. Raises ValueError if it does not."""
     for number in range(count):
         call = job.calls[number % len(job.calls)]
-        call = Call(-1 - number, 0.0, call.prompt, call.output)
+        call = Call(len(job.calls) + number, 0.0, call.prompt, call.output)  # its own prompt: nothing of the run is cached by it
         reply = asyncio.run(_ask(job.target, job.target.request(load.body(call, job)), job.timeout))
         if error := answers.read(call, reply).error:
             raise ValueError(f"the first test request failed: {error}")
@@ -214,14 +214,18 @@ def parser() -> argparse.ArgumentParser:
     when.add_argument("--timeout", type=_rate, default=600.0, help="seconds for one answer (default: 600)")
     when.add_argument("--max-seconds", type=_rate, default=3600.0, help="seconds for everything; what runs then is cut off (default: 3600)")
     what = made.add_argument_group("what they ask")
-    what.add_argument("--lengths", choices=["fixed", "uniform", "mix"], default="fixed", help="mix: lognormal, as bench offline (default: fixed)")
+    what.add_argument(
+        "--lengths", choices=["fixed", "uniform", "mix"], default="fixed", help="mix: lognormal, as bench offline (default: fixed)"
+    )
     what.add_argument("--input-len", type=_count, default=299, help="tokens of a prompt, or their mean (default: 299)")
     what.add_argument("--output-len", type=_count, default=209, help="tokens of an answer, or their mean (default: 209)")
     what.add_argument("--range-ratio", type=float, default=1.0, help="uniform: lengths are within this share of the mean (default: 1)")
     what.add_argument("--trace", type=Path, help="lengths and times from an Azure CSV or a Mooncake JSONL, plain or .xz")
     what.add_argument("--time-scale", type=float, default=1.0, help="a trace's times are multiplied by this; 0: all at once (default: 1)")
     what.add_argument("--max-len", type=_count, help="a trace's requests of more tokens, in and out together, are left out")
-    what.add_argument("--prompts", choices=["ids", "words"], default="ids", help="random token ids (default) or words; chat takes words only")
+    what.add_argument(
+        "--prompts", choices=["ids", "words"], default="ids", help="random token ids (default) or words; chat takes words only"
+    )
     what.add_argument("--vocab-size", type=_count, default=256, help="ids are below this; few suffice to share no prefix (default: 256)")
     what.add_argument("--temperature", type=float, default=0.0, help="default: 0")
     what.add_argument("--top-p", type=float)
@@ -231,7 +235,9 @@ def parser() -> argparse.ArgumentParser:
     said = made.add_argument_group("what is reported")
     said.add_argument("--percentile-metrics", default="ttft,tpot,itl", help="of ttft,tpot,itl,e2el (default: ttft,tpot,itl)")
     said.add_argument("--metric-percentiles", default="99", help="comma-separated (default: 99)")
-    said.add_argument("--goodput", nargs="+", default=[], metavar="METRIC:MS", help="count requests that keep these, such as ttft:500 tpot:50")
+    said.add_argument(
+        "--goodput", nargs="+", default=[], metavar="METRIC:MS", help="count requests that keep these, such as ttft:500 tpot:50"
+    )
     said.add_argument("--json", type=Path, metavar="FILE", help="write the figures under vLLM's names")
     said.add_argument("--save-detailed", action="store_true", help="--json with every request's times and texts")
     said.add_argument("--plot", type=Path, metavar="FILE.png", help="draw latencies and tokens over time (needs the bench extra)")

@@ -1,6 +1,6 @@
 """How many requests and tokens a second the engine does when all are submitted at once, in the layout of vLLM's throughput bench.
 
-    jaxllm bench throughput --model qwen2.5-0.5b --load-format dummy --lengths mix
+jaxllm bench throughput --model qwen2.5-0.5b --load-format dummy --lengths mix
 """
 
 import argparse

@@ -19,12 +19,13 @@ from bench import workloads
 
 HASHED = 512  # tokens that one of Mooncake's hash_ids stands for
 # Short words that common tokenizers take as one token each, a space before them included.
-WORDS = (
+_COMMON = (
     "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which one you were all "
     "her she there would their we him been has when who will no more if out so up said what its about than into them can only other time "
     "new some could these two may first then do any like my now over such our man me even most made after also did many off before must "
     "well back through years much where your way down should because long each just state those people too good how own work life day"
-).split()
+)
+WORDS = _COMMON.split()
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def lengths(kind: str, count: int, prompt: int, output: int, spread: float, seed
 
 
 def arrivals(count: int, rate: float, burstiness: float, seed: int) -> list[float]:
-    """Seconds at which requests come, `rate` a second in the mean. Gamma-distributed gaps: burstiness 1 is Poisson, less comes in bursts."""
+    """Seconds at which requests come, `rate` a second. Gaps are gamma-distributed: burstiness 1 is Poisson, less comes in bursts."""
     if rate == float("inf"):
         return [0.0] * count
     rng = np.random.default_rng(seed)

@@ -5,7 +5,12 @@ KV of every running token once) over the measured read bandwidth; for prefill th
 MIX a replay in arrival order whose steps cost exactly that. Plain arithmetic; no JAX.
 """
 
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +72,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-3b": _QWEN | _sizes(2048, 36, 16, 2, 11008),
     "qwen2.5-0.5b": _QWEN | _sizes(896, 24, 14, 2, 4864),
 }
+
+
+@contextlib.contextmanager
+def model_folder(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A path to load and its config.json: of a shape's name, a temporary folder that holds the config alone."""
+    if model in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            config = SHAPES[model]
+            (Path(folder) / "config.json").write_text(json.dumps(config, indent=1))
+            yield folder, config
+        return
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        raise SystemExit(f"{model} is neither a folder with a config.json nor a shape; shapes: {', '.join(SHAPES)}")
+    yield model, json.loads(path.read_text())
+
+
+def model_name(model: str) -> str:
+    """What rows call a model: a shape's name, or a folder's."""
+    return model if model in SHAPES else Path(model).resolve().name
 
 
 @dataclass(frozen=True)
