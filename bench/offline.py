@@ -10,10 +10,8 @@ asked, whatever end token the model chooses, and that is checked.
 import argparse
 import contextlib
 import json
-import shlex
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,8 +32,8 @@ class Bench:
     def __init__(self, llm: Any, *, config: dict[str, Any], device: str, model: str, dtype: str, tp: int, repeats: int):
         self._llm = llm
         self._vocab: int = config["vocab_size"]
-        self._shape = workloads.Shape.of(config)
-        self._device = device
+        self.shape = workloads.Shape.of(config)
+        self.device = device
         self._common = {"model": model, "dtype": dtype, "tp": tp}
         self._repeats = repeats
         self._rng = np.random.default_rng(0)
@@ -57,18 +55,18 @@ class Bench:
     def mix(self, *, sampled: bool) -> record.Row:
         """Seconds that MIX takes, once: it is long enough to need no repetition."""
         prompts, outputs = (lengths.tolist() for lengths in workloads.mix_lengths())
-        seconds = self._seconds(prompts, outputs, SAMPLED if sampled else GREEDY)
+        seconds = self.seconds(prompts, outputs, SAMPLED if sampled else GREEDY)
         return self._row("mix_sampled_s" if sampled else "mix_s", seconds, "s", batch=len(prompts), tokens=sum(prompts) + sum(outputs))
 
     def warm_up(self) -> None:
         """Touches what a first request touches (pages, caches of the host) before anything is timed."""
         for how in (GREEDY, SAMPLED):
-            self._seconds([workloads.DECODE_PROMPT] * 4, [16] * 4, how)
+            self.seconds([workloads.DECODE_PROMPT] * 4, [16] * 4, how)
 
     def _median(self, prompts: list[int], outputs: list[int]) -> float:
-        return statistics.median(self._seconds(prompts, outputs, GREEDY) for _ in range(self._repeats))
+        return statistics.median(self.seconds(prompts, outputs, GREEDY) for _ in range(self._repeats))
 
-    def _seconds(self, prompts: list[int], outputs: list[int], how: SamplingParams) -> float:
+    def seconds(self, prompts: list[int], outputs: list[int], how: SamplingParams) -> float:
         """How long it takes until all requests, submitted at once, are answered. Lengths in tokens."""
         tokens = workloads.random_prompts(self._rng, prompts, self._vocab)
         params = [how.with_defaults(max_tokens=length) for length in outputs]
@@ -83,47 +81,12 @@ class Bench:
         return seconds
 
     def _row(self, name: str, value: float, unit: str, **measured_on: Any) -> record.Row:
-        row = {"name": name, "value": _rounded(value), "unit": unit} | self._common | measured_on
+        row = {"name": name, "value": record.rounded(value), "unit": unit} | self._common | measured_on
         extra = {
-            "limit": _rounded(workloads.limit(self._device, self._shape, row)),
-            "anchor": workloads.vllm_figure(self._device, row),
+            "limit": record.rounded(workloads.limit(self.device, self.shape, row)),
+            "anchor": workloads.vllm_figure(self.device, row),
         }
         return row | {key: found for key, found in extra.items() if found is not None}
-
-
-def _rounded(value: float | None) -> float | None:
-    """Four digits: more is noise."""
-    return None if value is None else float(f"{value:.4g}")
-
-
-def describe(row: record.Row) -> str:
-    """A row as a line: the value, tokens a second, and how far it is from the limit and from vLLM."""
-    value, unit = row["value"], row["unit"]
-    context = f" context {row['context']}" if "context" in row else ""
-    tokens = {"ms": lambda: 1e3 * row["batch"] / value, "s": lambda: row["tokens"] / value, "tok/s": lambda: value}[unit]()
-    speed = "" if unit == "tok/s" else f"  {tokens:>9,.0f} tok/s"
-    line = f"{row['name']:<15} batch {row['batch']:>4}{context:<16} {value:>10,.4g} {unit:<5}{speed:<17}"
-    faster = (lambda other: value / other) if unit == "tok/s" else (lambda other: other / value)
-    if "limit" in row:
-        line += f"  limit {row['limit']:,.4g} ({faster(row['limit']):.0%} of it)"
-    if "anchor" in row:
-        line += f"  vLLM {row['anchor']:,.4g} ({faster(row['anchor']):.2f} times its speed)"
-    return line
-
-
-@contextlib.contextmanager
-def model_folder(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """A path to load and its config.json: of a shape's name, a temporary folder that holds the config alone."""
-    if model in workloads.SHAPES:
-        with tempfile.TemporaryDirectory() as folder:
-            config = workloads.SHAPES[model]
-            (Path(folder) / "config.json").write_text(json.dumps(config, indent=1))
-            yield folder, config
-        return
-    path = Path(model) / "config.json"
-    if not path.is_file():
-        raise SystemExit(f"{model} is neither a folder with a config.json nor a shape; shapes: {', '.join(workloads.SHAPES)}")
-    yield model, json.loads(path.read_text())
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -135,6 +98,11 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         longest, rows = max(longest, 1 + max(args.prompt)), max(rows, workloads.PREFILL_BATCH)
     if {"mix", "mix-sampled"} & set(args.workload):
         longest, rows = max(longest, 2048 + 1024), max(rows, workloads.MIX_ROWS)
+    return options(args, longest, rows)
+
+
+def options(args: argparse.Namespace, longest: int, rows: int) -> dict[str, Any]:
+    """EngineConfig's fields: what was asked on the command line, and room for `rows` requests of `longest` tokens."""
     chosen = {"max_model_len": longest, "max_num_seqs": rows, "enable_prefix_caching": False}
     shared = {"load_format": args.load_format, "dtype": args.dtype, "tensor_parallel_size": args.tensor_parallel_size}
     return chosen | shared | dict(args.set)
@@ -163,43 +131,51 @@ def _setting(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(prog="python -m bench.offline", description="Measures the engine without HTTP.")
+def add_engine_arguments(made: argparse.ArgumentParser) -> None:
+    """The flags of every bench that loads a model itself."""
     made.add_argument("--model", required=True, help=f"a folder, or a shape: {', '.join(workloads.SHAPES)}")
     made.add_argument("--load-format", default="auto", help="dummy: random weights (default: auto)")
+    made.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
+    made.add_argument("--set", nargs="+", type=_setting, default=[], metavar="NAME=VALUE", help="other fields of EngineConfig")
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="jaxllm bench offline", description="Measures the engine without HTTP.")
+    add_engine_arguments(made)
     made.add_argument("--workload", nargs="+", default=["decode"], choices=["decode", "prefill", "mix", "mix-sampled"])
     made.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256], help="decode: rows in a batch")
     made.add_argument("--prompt", nargs="+", type=int, default=list(workloads.PREFILL_PROMPTS), help="prefill: tokens in a prompt")
-    made.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     made.add_argument("--repeats", type=int, default=3, help="decode and prefill: the median of so many (default: 3)")
-    made.add_argument("--set", nargs="+", type=_setting, default=[], metavar="NAME=VALUE", help="other fields of EngineConfig")
     made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
     made.add_argument("--no-save", action="store_true", help="print only")
     return made
 
 
-def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
-    command = shlex.join(["python", "-m", "bench.offline", *argv])
-    for path in (args.model, str(args.results)):  # a path is one machine's; its last part is enough to know the model by
-        command = command.replace(path, Path(path).name)
-    with model_folder(args.model) as (folder, config):
+@contextlib.contextmanager
+def loaded(args: argparse.Namespace, options: dict[str, Any], repeats: int = 1) -> Iterator[Bench]:
+    """The model that the arguments name, loaded; hardware, versions and starting time are printed."""
+    with workloads.model_folder(args.model) as (folder, config):
         start = time.perf_counter()
-        llm = LLM(model=folder, **engine_options(args))
+        llm = LLM(model=folder, **options)
         started = time.perf_counter() - start
 
         import jax  # only now: the engine chooses devices before the backend starts
 
-        device = jax.devices()[0].device_kind
-        print(f"{args.model} on {device}, {record.versions()}, started in {started:.1f} s", flush=True)
-        name = args.model if args.model in workloads.SHAPES else Path(args.model).name
-        bench = Bench(llm, config=config, device=device, model=name, dtype=args.dtype, tp=args.tensor_parallel_size, repeats=args.repeats)
+        device, name = jax.devices()[0].device_kind, workloads.model_name(args.model)
+        print(f"{name} on {device}, {record.versions()}, started in {started:.1f} s", flush=True)
+        yield Bench(llm, config=config, device=device, model=name, dtype=args.dtype, tp=args.tensor_parallel_size, repeats=repeats)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parser().parse_args(argv)
+    command = record.command("python -m bench.offline", argv, args.model, args.results)
+    with loaded(args, engine_options(args), args.repeats) as bench:
         for row in run(bench, args):
-            print(describe(row), flush=True)
+            print(record.describe(row), flush=True)
             if not args.no_save:  # at once: what is measured stays measured if a later workload fails
-                record.save("offline", device, command, [row], args.results)
+                record.save("offline", bench.device, command, [row], args.results)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shlex
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -56,6 +57,45 @@ def _without(row: Row, now: Row) -> Row:
 def _workload(row: Row) -> list[tuple[str, Any]]:
     """What a row measures, whatever came out."""
     return sorted((key, value) for key, value in row.items() if key not in _MEASURED)
+
+
+def rounded(value: float | None) -> float | None:
+    """Four digits: more is noise."""
+    return None if value is None else float(f"{value:.4g}")
+
+
+def describe(row: Row) -> str:
+    """A row as a line: what it measured, the value, tokens a second, and how far it is from the limit and from vLLM."""
+    value, unit = row["value"], row["unit"]
+    where = "".join(f" {key} {row[key]:>4}" for key in ("batch", "context", "clients") if row.get(key) is not None)
+    line = f"{row['name']:<18} {row.get('model', ''):<14}{where:<26} {value:>10,.4g} {unit:<5}{_speed(row):<17}"
+    faster = (lambda other: value / other) if unit == "tok/s" else (lambda other: other / value)
+    if "limit" in row:
+        line += f"  limit {row['limit']:,.4g} ({faster(row['limit']):.0%} of it)"
+    if "anchor" in row:
+        line += f"  vLLM {row['anchor']:,.4g} ({faster(row['anchor']):.2f} times its speed)"
+    return line.rstrip()
+
+
+def _speed(row: Row) -> str:
+    """Tokens a second of a row that is a time for a known number of tokens."""
+    seconds = row["value"] * {"ms": 1e-3, "s": 1.0}.get(row["unit"], 0.0)
+    tokens = {"decode_step_ms": "batch", "mix_s": "tokens", "mix_sampled_s": "tokens"}.get(row["name"])
+    return f"  {row[tokens] / seconds:>9,.0f} tok/s" if tokens and seconds else ""
+
+
+def command(program: str, argv: list[str], *hidden: object) -> str:
+    """The command line to repeat. A path is one machine's, and a key is nobody's business: of `hidden` ones the last part is enough."""
+    line = shlex.join([*program.split(), *argv])
+    for each in hidden:
+        if each is not None and str(each):
+            line = line.replace(str(each), Path(str(each)).name)
+    return line
+
+
+def device() -> str:
+    """This machine's first GPU by the name that JAX gives it too, without starting JAX; "cpu" if there is none."""
+    return (_output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "cpu").splitlines()[0]
 
 
 def slug(name: str) -> str:

@@ -5,7 +5,12 @@ KV of every running token once) over the measured read bandwidth; for prefill th
 MIX a replay in arrival order whose steps cost exactly that. Plain arithmetic; no JAX.
 """
 
+import contextlib
+import json
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -67,6 +72,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen2.5-3b": _QWEN | _sizes(2048, 36, 16, 2, 11008),
     "qwen2.5-0.5b": _QWEN | _sizes(896, 24, 14, 2, 4864),
 }
+
+
+@contextlib.contextmanager
+def model_folder(model: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """A path to load and its config.json: of a shape's name, a temporary folder that holds the config alone."""
+    if model in SHAPES:
+        with tempfile.TemporaryDirectory() as folder:
+            config = SHAPES[model]
+            (Path(folder) / "config.json").write_text(json.dumps(config, indent=1))
+            yield folder, config
+        return
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        raise SystemExit(f"{model} is neither a folder with a config.json nor a shape; shapes: {', '.join(SHAPES)}")
+    yield model, json.loads(path.read_text())
+
+
+def model_name(model: str) -> str:
+    """What rows call a model: a shape's name, or a folder's."""
+    return model if model in SHAPES else Path(model).resolve().name
 
 
 @dataclass(frozen=True)
@@ -174,6 +199,18 @@ def mix_limit(shape: Shape, machine: Machine, tp: int = 1) -> float:
     return seconds
 
 
+def serve_limit(shape: Shape, machine: Machine, clients: int, prompt: int, output: int, tp: int = 1) -> float:
+    """Output tokens a second at most, when `clients` at a time send prompts of `prompt` tokens and get `output` each.
+
+    While every client gets one answer there are `output` steps. They read the weights so many times, or compute with them for so
+    many tokens, whichever takes longer, and they read the KV of every row, which on the mean holds the prompt and half the answer.
+    """
+    reading = output * 2 * (shape.linear + shape.head) / machine.read
+    computing = clients * 2 * (shape.linear * (prompt + output) + shape.head * output) / machine.ops
+    kv = output * clients * (prompt + output / 2) * shape.kv_bytes / min(tp, shape.kv_heads) / machine.read
+    return clients * output / (max(reading, computing) / tp + kv)
+
+
 def mix_lengths() -> tuple[np.ndarray, np.ndarray]:
     """Prompt and output lengths of the 1000 requests of MIX: 298,901 tokens in, 209,177 out."""
     rng = np.random.default_rng(1)
@@ -202,6 +239,16 @@ _VLLM_PREFILL_TOK_S = {
 _VLLM_MIX_S = {"llama-3.1-8b": (20.1, 24.0), "qwen2.5-3b": (12.0, 20.3), "qwen2.5-0.5b": (7.9, 11.5)}
 
 
+# Behind its HTTP server, 1000 requests of 299 tokens in and 209 out: (output tok/s, mean TTFT, p99 ITL) by clients; and seconds from
+# process start to /health, nothing cached.
+_VLLM_SERVE = {
+    "llama-3.1-8b": {1: (205, 18.4, 5.29), 256: (11776, 990, 190)},
+    "qwen2.5-0.5b": {1: (565, 13.7, 2.74), 256: (13947, 418, 41)},
+}
+_SERVE_ROWS = ("serve_tok_s", "serve_ttft_mean_ms", "serve_itl_p99_ms")
+_VLLM_START_COLD_S = {"llama-3.1-8b": 100, "qwen2.5-0.5b": 94}
+
+
 def vllm_figure(device: str, row: dict[str, Any]) -> float | None:
     """vLLM's figure for a result row, if it was measured: on the same device, one GPU, bfloat16."""
     model, name = row["model"], row["name"]
@@ -211,7 +258,18 @@ def vllm_figure(device: str, row: dict[str, Any]) -> float | None:
         return _VLLM_DECODE_MS.get(model, {}).get(row["batch"])
     if name == "prefill_tok_s":
         return _VLLM_PREFILL_TOK_S.get(model, {}).get(row["context"]) if row["batch"] == PREFILL_BATCH else None
-    return _VLLM_MIX_S.get(model, (None, None))[name == "mix_sampled_s"]
+    if name in _SERVE_ROWS:
+        found = _VLLM_SERVE.get(model, {}).get(row["clients"]) if _is_published_load(row) else None
+        return found and found[_SERVE_ROWS.index(name)]
+    if name == "start_cold_s":
+        return _VLLM_START_COLD_S.get(model)
+    if name in ("mix_s", "mix_sampled_s"):
+        return _VLLM_MIX_S.get(model, (None, None))[name == "mix_sampled_s"]
+    return None
+
+
+def _is_published_load(row: dict[str, Any]) -> bool:
+    return (row["lengths"], row.get("input"), row.get("output"), row.get("rate")) == ("fixed", 299, 209, None)
 
 
 def limit(device: str, shape: Shape | None, row: dict[str, Any]) -> float | None:
@@ -223,4 +281,6 @@ def limit(device: str, shape: Shape | None, row: dict[str, Any]) -> float | None
         return 1e3 * decode_limit(shape, machine, row["batch"], row["tp"])
     if row["name"] == "prefill_tok_s":
         return prefill_limit(shape, machine, row["context"], row["tp"])
-    return mix_limit(shape, machine, row["tp"])
+    if row["name"] == "serve_tok_s" and row["clients"] and row["lengths"] == "fixed" and "rate" not in row:
+        return serve_limit(shape, machine, row["clients"], row["input"], row["output"], row["tp"])
+    return mix_limit(shape, machine, row["tp"]) if row["name"] in ("mix_s", "mix_sampled_s") else None

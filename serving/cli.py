@@ -19,7 +19,15 @@ from serving import options
 if TYPE_CHECKING:
     from serving.protocol import EngineLike
 
-BENCHES = ("offline",)
+BENCHES = {  # each runs bench.NAME as a program
+    "serve": "load any OpenAI server over HTTP",
+    "latency": "time one batch through the Python API",
+    "throughput": "time many requests through the Python API",
+    "offline": "measure decode, prefill and mixed work, and keep the results",
+    "startup": "time jaxllm serve from process start to ready",
+    "profile": "show where a step's time goes on the GPU",
+    "compare": "put results beside limits and vLLM's figures",
+}
 KEEP_ALIVE_S = 75  # above the 60 s after which common load balancers drop an idle connection, so that they do it and not we
 DRAIN_S = 10  # what a stop signal leaves running requests to end by themselves
 
@@ -27,7 +35,7 @@ USAGE = """jaxllm serves language models over OpenAI's HTTP API.
 
 usage:
   jaxllm serve [MODEL] [options]    serve a model; jaxllm serve --help lists the options
-  jaxllm bench offline [options]    measure the engine without HTTP
+  jaxllm bench NAME [options]       measure; jaxllm bench --help lists what there is
   jaxllm --version                  print the version
 """
 
@@ -57,7 +65,8 @@ def bench(argv: Sequence[str]) -> int:
     """Runs bench.NAME as a program, without importing it: bench is above serving."""
     name, *rest = argv or ["--help"]
     if name in ("-h", "--help"):
-        print(f"usage: jaxllm bench {{{','.join(BENCHES)}}} [options]")
+        print("usage: jaxllm bench NAME [options], with NAME one of")
+        print("\n".join(f"  {bench:<12} {what}" for bench, what in BENCHES.items()))
         return 0
     if name not in BENCHES or importlib.util.find_spec(f"bench.{name}") is None:
         return _complain(f"there is no bench {name!r} here: there is {', '.join(BENCHES)}", 2)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import offline, workloads
+from bench import offline, record, workloads
 from jaxllm import SamplingParams
 
 
@@ -81,15 +81,15 @@ def test_mix_asks_for_the_published_lengths(llm, sampled, name, anchor, temperat
 def test_an_answer_that_stops_early_is_no_measurement(llm):
     llm.short = 1
     with pytest.raises(RuntimeError, match="1028 tokens were asked of 4 requests, but 1027 came from 4"):
-        bench(llm)._seconds([4] * 4, [257] * 4, offline.GREEDY)
+        bench(llm).seconds([4] * 4, [257] * 4, offline.GREEDY)
 
 
 def test_a_line_shows_limit_and_vllm(llm):
-    line = offline.describe(bench(llm).decode(64))
+    line = record.describe(bench(llm).decode(64))
     assert "batch   64 context 512-768" in line and "2 ms" in line and "32,000 tok/s" in line
     assert "limit 4.674 (234% of it)" in line and "vLLM 6.79 (3.40 times its speed)" in line
-    assert "limit" not in offline.describe(bench(llm, device="cpu").decode(64))
-    assert "(86% of it)" in offline.describe(
+    assert "limit" not in record.describe(bench(llm, device="cpu").decode(64))
+    assert "(86% of it)" in record.describe(
         {"name": "prefill_tok_s", "unit": "tok/s", "value": 43000, "limit": 50000, "batch": 16, "context": 2048}
     )
 
