@@ -12,6 +12,7 @@ from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, ConfigError
 
 GIB = 2**30
 PAGE_SIZE = 64  # measured best with the Mosaic kernels; whole pages are what prompts share
+LARGE = 60 * GIB  # from this device memory on, steps are sized for throughput; below, weights need most of it
 CPU_CACHE_BYTES = 1 * GIB  # what the KV cache may take on a CPU, where there is no device memory to divide
 
 
@@ -168,12 +169,15 @@ def kv_page_bytes(model: ModelConfig, page_size: int, dtype: str, tp: int) -> in
 def _default_rows(machine: Machine) -> int:
     if machine.memory is None:
         return 32
-    return 1024 if machine.memory > 60 * GIB else 256
+    return 1024 if machine.memory > LARGE else 256
 
 
 def _chunks(config: EngineConfig, machine: Machine) -> list[int]:
     """Sizes of the prompt chunks, smallest first. A step pays for all lanes of its shape, so there are small ones too."""
-    sizes = (512, 2048, 8192) if machine.memory is not None else (64, 512)
+    if machine.memory is None:
+        sizes = (64, 512)
+    else:
+        sizes = (512, 2048, 8192) if machine.memory > LARGE else (256, 512, 2048)
     most = config.max_num_batched_tokens or sizes[-1]
     if most < 1:
         raise ConfigError(f"--max-num-batched-tokens must be at least 1, but it is {most}")

@@ -1,0 +1,95 @@
+"""From what was asked to what will be done: numbers by hand, and refusals that say both."""
+
+import math
+import re
+
+import pytest
+
+from bench.workloads import SHAPES
+from converters.checkpoint import read_config, tensor_shapes
+from jaxllm.config import EngineConfig
+from jaxllm.plan import GIB, Bucket, Machine, kv_page_bytes, make_plan
+from jaxllm.request import ConfigError
+
+LLAMA = read_config(SHAPES["llama-3.1-8b"])
+WEIGHTS = 2 * sum(math.prod(shape) for shape in tensor_shapes(LLAMA).values())
+H200 = Machine("gpu", "NVIDIA H200", 1, int(0.9 * 140.4 * GIB))
+SMALL_GPU = Machine("gpu", "NVIDIA L4", 1, int(0.9 * 22.5 * GIB))
+CPU = Machine("cpu", "cpu", 1)
+
+
+def plan(machine=H200, weights=WEIGHTS, **options):
+    return make_plan(EngineConfig(**options), LLAMA, "bfloat16", machine, weights)
+
+
+def test_a_page_of_llama_8b_takes_what_arithmetic_says():
+    assert kv_page_bytes(LLAMA, 64, "bfloat16", 1) == 2 * 32 * 8 * 64 * 128 * 2 == 8 * 2**20
+    assert kv_page_bytes(LLAMA, 64, "bfloat16", 4) == 2 * 2**20
+    assert kv_page_bytes(LLAMA, 64, "float32", 1) == 16 * 2**20
+    assert kv_page_bytes(LLAMA, 64, "float8_e4m3fn", 1) == 4 * 2**20
+
+
+def test_memory_is_divided_and_nothing_is_promised_twice():
+    made = plan()
+    assert made.step_bytes is not None
+    taken = WEIGHTS + made.step_bytes + (made.num_pages + 1) * kv_page_bytes(LLAMA, 64, "bfloat16", 1)
+    assert H200.memory is not None and H200.memory - 8 * 2**20 <= taken <= H200.memory
+    assert made.max_model_len == 131_072 and made.max_num_seqs == 1024
+
+
+def test_the_line_people_know():
+    assert re.search(r"^bfloat16, \d+ pages of 64 tokens: maximum concurrency for 131,072 tokens per request: \d\.\d\dx", str(plan()))
+
+
+def test_twenty_shapes_at_most_and_each_step_finds_one():
+    for machine in (H200, SMALL_GPU, CPU):
+        made = plan(machine, max_model_len=8192)
+        assert len(made.buckets) + 1 <= 20
+        for rows in {1, 2, 9, 100, 255, made.max_num_seqs}:
+            for chunk in {0, 1, 300, made.largest.chunk}:
+                bucket = made.bucket(min(rows, made.max_num_seqs), chunk)
+                assert bucket.rows >= min(rows, made.max_num_seqs) and bucket.chunk >= chunk
+        assert made.largest.rows == made.max_num_seqs
+
+
+def test_enforce_eager_compiles_two_shapes():
+    assert plan(enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=512).buckets == (Bucket(0, 16), Bucket(512, 16))
+
+
+def test_auto_takes_what_memory_allows():
+    made = plan(SMALL_GPU, max_model_len=-1, max_num_seqs=8, max_num_batched_tokens=512)
+    assert made.max_model_len == made.num_pages * 64 < 131_072
+    assert plan(max_model_len=-1).max_model_len == 131_072
+
+
+def test_options_are_taken_at_their_word():
+    made = plan(max_num_seqs=300, max_num_batched_tokens=3000, block_size=32, max_model_len=1000, num_gpu_blocks_override=77)
+    assert (made.max_num_seqs, made.largest, made.page_size, made.max_pages, made.num_pages) == (300, Bucket(3000, 300), 32, 32, 77)
+
+
+def test_on_a_cpu_the_cache_has_a_stated_size():
+    made = plan(CPU, max_model_len=4096, dtype="float32")
+    assert made.num_pages * kv_page_bytes(LLAMA, 64, "float32", 1) == GIB
+    assert made.step_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_model_len": 200_000}, "--max-model-len 200000 is more than the 131072 positions"),
+        ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2 wants as many devices, but this machine shows 1"),
+        ({"dtype": "int8"}, "dtype 'int8' is not supported; choose one of auto, half"),
+        (
+            {"num_gpu_blocks_override": 9},
+            "one request of 131072 tokens needs 2048 pages of 64 tokens .16.00 GiB., .*there is room for 9; lower",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_both_numbers(options, message):
+    with pytest.raises(ConfigError, match=message):
+        plan(**options)
+
+
+def test_weights_that_leave_no_room_are_refused():
+    with pytest.raises(ConfigError, match=r"the weights take 40\.00 GiB and leave no room for a single page"):
+        plan(SMALL_GPU, weights=40 * GIB, max_model_len=-1)
