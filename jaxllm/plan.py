@@ -174,10 +174,7 @@ def _default_rows(machine: Machine) -> int:
 
 def _chunks(config: EngineConfig, machine: Machine) -> list[int]:
     """Sizes of the prompt chunks, smallest first. A step pays for all lanes of its shape, so there are small ones too."""
-    if machine.memory is None:
-        sizes = (64, 512)
-    else:
-        sizes = (512, 2048, 8192) if machine.memory > LARGE else (256, 512, 2048)
+    sizes = (64, 512) if machine.memory is None else (512, 2048, 8192) if machine.memory > LARGE else (256, 512, 2048)
     most = config.max_num_batched_tokens or sizes[-1]
     if most < 1:
         raise ConfigError(f"--max-num-batched-tokens must be at least 1, but it is {most}")
