@@ -5,7 +5,6 @@ import importlib.util
 import logging
 import runpy
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,8 +12,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 from jaxllm import __version__
 from jaxllm.config import EngineConfig
-from jaxllm.request import ConfigError, JaxllmError
-from serving import options
+from jaxllm.request import JaxllmError
+from serving import options, run
 
 if TYPE_CHECKING:
     from serving.protocol import EngineLike
@@ -28,8 +27,6 @@ BENCHES = {  # each runs bench.NAME as a program
     "profile": "show where a step's time goes on the GPU",
     "compare": "put results beside limits and vLLM's figures",
 }
-KEEP_ALIVE_S = 75  # above the 60 s after which common load balancers drop an idle connection, so that they do it and not we
-DRAIN_S = 10  # what a stop signal leaves running requests to end by themselves
 
 USAGE = """jaxllm serves language models over OpenAI's HTTP API.
 
@@ -83,13 +80,16 @@ def serve(argv: Sequence[str], make_engine: "Callable[[EngineConfig], EngineLike
     config, server_options = options.read(argv)
     start = time.perf_counter()
     set_up_logging()
-    signal.signal(signal.SIGTERM, _stop)  # so that the engine is closed, while it loads as well as later
+    signal.signal(signal.SIGTERM, stop)  # so that the engine is closed, while it loads as well as later
     try:
         # Bound first: a port that is taken should be known before minutes of loading. It listens only when everything is ready.
-        with bind(server_options) as listener:
+        with run.bind(server_options) as listener:
             engine = make_engine(config)
             try:
-                _run(engine, server_options, listener, start)
+                if server_options.api_server_count == 1:
+                    run.serve(engine, server_options, listener, lambda: run.say_ready(engine, server_options, listener, start))
+                else:
+                    run.serve_in_processes(engine, server_options, listener, start)
             finally:
                 engine.close()
     except JaxllmError as error:
@@ -114,57 +114,13 @@ class _Stopped(SystemExit):
     """SIGTERM came."""
 
 
-def _stop(*_: object) -> NoReturn:
+def stop(*_: object) -> NoReturn:
     raise _Stopped
 
 
 def set_up_logging() -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("jaxllm").setLevel(logging.INFO)
-
-
-def bind(server_options: options.ServerOptions) -> socket.socket:
-    """A socket with the address taken, not listening yet. Raises ConfigError if the address cannot be had."""
-    host, port = server_options.host, server_options.port
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}; choose another --host or --port") from None
-    return listener
-
-
-def url(server_options: options.ServerOptions, listener: socket.socket) -> str:
-    """Where a client on this machine finds the server."""
-    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(server_options.host, server_options.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-
-
-def _run(engine: "EngineLike", server_options: options.ServerOptions, listener: socket.socket, start: float) -> None:
-    import uvicorn
-
-    from serving.app import build_app
-
-    class Server(uvicorn.Server):
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)  # runs the first request, then listens
-            if self.started:
-                seconds = time.perf_counter() - start
-                print(f"ready in {seconds:.1f} s: {engine.model_name} at {url(server_options, listener)}/v1", flush=True)
-
-    app = build_app(engine, server_options)
-    server = Server(
-        uvicorn.Config(
-            app, access_log=False, log_config=None, lifespan="on", timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=DRAIN_S
-        )
-    )
-    server.run([listener])
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class ServerOptions:
     port: int = 8000
     api_key: str | None = None
     enable_log_requests: bool = False
+    api_server_count: int = 1
 
 
 def human_length(text: str) -> int:
@@ -93,6 +94,7 @@ SERVER = {
         Flag("host", "Address to listen on; 0.0.0.0 answers other machines too.", metavar="ADDRESS"),
         Flag("port", "Port to listen on; 0 takes a free one.", whole(0, 65535), "PORT"),
         Flag("api_key", "Serve only clients that send this key as their bearer token.", metavar="KEY", unset="everybody is served"),
+        Flag("api_server_count", "Processes that speak HTTP; one streams some 20,000 tokens a second.", whole(1, 64), "COUNT"),
         Flag("enable_log_requests", "Log a line for every request when it ends.", "switch"),
     ],
 }

@@ -6,6 +6,7 @@ process dies, every open request hears of it and nothing new is accepted.
 
 import asyncio
 import logging
+import os
 import subprocess
 import sys
 import tempfile
@@ -31,22 +32,67 @@ class StartFailed(JaxllmError):
     """The engine process ended before it was ready. It has said why."""
 
 
-class RemoteEngine:
-    """An engine process and the way to it, started at once and ready after `wait`. Use from one event loop."""
+class EngineProcess:
+    """The engine process, started at once. It ends with `close`, or with this process."""
 
     def __init__(self, config: EngineConfig):
-        self.config = config
         self._folder = tempfile.TemporaryDirectory(prefix="jaxllm-")
-        self._address = f"ipc://{self._folder.name}/engine"
+        self.address = f"ipc://{self._folder.name}/engine"
+        self._process = subprocess.Popen([sys.executable, "-m", "serving.engine_process", self.address], stdin=subprocess.PIPE)
+        assert self._process.stdin is not None
+        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
+        self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def status(self) -> int | None:
+        """Its exit status; None while it runs."""
+        return self._process.poll()
+
+    def close(self, at_once: bool = False) -> None:
+        """Ends it and waits. at_once: it may be deep in a compilation, where it hears nothing but a signal."""
+        if at_once:
+            self._process.terminate()
+        if self._process.stdin is not None:
+            self._process.stdin.close()  # which is how it knows
+        try:
+            self._process.wait(LEAVE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._folder.cleanup()
+
+
+class AnothersProcess:
+    """An engine process that this one did not start and will not end."""
+
+    def __init__(self, address: str, pid: int):
+        self.address, self.pid = address, pid
+
+    def status(self) -> int | None:
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return -1
+        return None
+
+    def close(self, at_once: bool = False) -> None:
+        pass
+
+
+class RemoteEngine:
+    """The way to an engine process, ready after `wait`. Use from one event loop; `close` ends the process if it is ours."""
+
+    def __init__(self, config: EngineConfig, process: EngineProcess | AnothersProcess | None = None):
+        self.config = config
+        self.process = process or EngineProcess(config)
         self._queues: dict[str, asyncio.Queue[Output | Exception]] = {}
         self._requests: dict[str, Request] = {}
         self._hellos: list[asyncio.Future[wire.Hello]] = []
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task] = []
-        self._process = subprocess.Popen([sys.executable, "-m", "serving.engine_process", self._address], stdin=subprocess.PIPE)
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(config) + b"\n")
-        self._process.stdin.flush()
 
     def wait(self) -> "RemoteEngine":
         """Returns when the engine has loaded and compiled. Raises StartFailed if it does not come up."""
@@ -56,8 +102,7 @@ class RemoteEngine:
             self.default_params, self.limits = hello.default_params, hello.limits
             self.tokenizer = load_tokenizer(self.config, Path(hello.model_path))
         except BaseException:
-            self._process.terminate()  # it may be deep in a compilation, where it hears nothing else
-            self._leave()
+            self.process.close(at_once=True)
             raise
         return self
 
@@ -71,11 +116,7 @@ class RemoteEngine:
 
     @property
     def healthy(self) -> bool:
-        return self._process.poll() is None
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
+        return self.process.status() is None
 
     def check(self, request: Request) -> None:
         """Raises RequestError for what can never be served."""
@@ -119,27 +160,17 @@ class RemoteEngine:
                 task.cancel()
         if self._socket is not None:
             self._socket.close(linger=0)
-        self._leave()
-
-    def _leave(self) -> None:
-        if self._process.stdin is not None:
-            self._process.stdin.close()  # which is how it knows
-        try:
-            self._process.wait(LEAVE_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._folder.cleanup()
+        self.process.close()
 
     # ------------------------------------------------------------------ the way there
 
     def _wait_for_hello(self) -> wire.Hello:
         with zmq.Context() as context, context.socket(zmq.DEALER) as socket:
             socket.linger = 0
-            socket.connect(self._address)  # which the engine binds when it is ready; until then this tries again and again
+            socket.connect(self.process.address)  # which the engine binds when it is ready; until then this tries again and again
             socket.send(wire.encode(wire.Ask()))
             while not socket.poll(100):
-                if (status := self._process.poll()) is not None:
+                if (status := self.process.status()) is not None:
                     raise StartFailed(f"the engine process ended with status {status} before it was ready")
             hello = wire.decode_answer(socket.recv())
             assert isinstance(hello, wire.Hello)
@@ -156,7 +187,7 @@ class RemoteEngine:
     def _connect(self) -> None:
         self._socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
         self._socket.set_hwm(0)
-        self._socket.connect(self._address)
+        self._socket.connect(self.process.address)
         self._tasks = [asyncio.create_task(self._listen(self._socket)), asyncio.create_task(self._watch())]
 
     async def _listen(self, socket: zmq.asyncio.Socket) -> None:
@@ -202,4 +233,4 @@ class RemoteEngine:
                 future.set_exception(error)
 
     def _death(self) -> EngineDeadError:
-        return EngineDeadError(f"the engine has stopped: its process ended with status {self._process.poll()}")
+        return EngineDeadError(f"the engine has stopped: its process ended with status {self.process.status()}")

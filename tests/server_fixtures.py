@@ -17,8 +17,8 @@ from fake_engine import FakeEngine
 
 from jaxllm.config import EngineConfig
 from serving.app import build_app
-from serving.cli import bind
 from serving.options import ServerOptions
+from serving.run import bind
 
 ENGINES = ["fake"] + ["real"] * (importlib.util.find_spec("jaxllm.engine") is not None)
 

@@ -19,8 +19,9 @@ import pytest
 import jaxllm
 from jaxllm.config import EngineConfig
 from serving import options
-from serving.cli import bind, main, url
+from serving.cli import main
 from serving.options import ServerOptions, human_length
+from serving.run import bind, url
 
 ROOT = Path(__file__).parent.parent
 
@@ -48,7 +49,8 @@ def test_every_option_has_a_flag_with_one_sentence(groups, owner):
     assert all(flag.help[0].isupper() and flag.help.endswith(".") and ". " not in flag.help and len(flag.help) < 100 for flag in flags)
 
 
-EVERY_FLAG = """--host ::1 --port 9 --api-key k --enable-log-requests --model m --served-model-name s --tokenizer t --chat-template c
+EVERY_FLAG = """--host ::1 --port 9 --api-key k --enable-log-requests --api-server-count 2
+    --model m --served-model-name s --tokenizer t --chat-template c
     --generation-config vllm --hf-overrides '{"a":1}' --dtype half --max-model-len 8K --max-logprobs 5 --seed 3 --enforce-eager
     --load-format dummy --revision r --download-dir d --device cpu --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --block-size 16
     --kv-cache-dtype fp8 --num-gpu-blocks-override 9 --no-enable-prefix-caching --max-num-seqs 4 --max-num-batched-tokens 64"""
@@ -56,7 +58,7 @@ EVERY_FLAG = """--host ::1 --port 9 --api-key k --enable-log-requests --model m 
 
 def test_every_flag_reaches_its_field():
     config, server = read(*shlex.split(EVERY_FLAG))
-    assert server == ServerOptions("::1", 9, "k", True)
+    assert server == ServerOptions("::1", 9, "k", True, 2)
     expected = EngineConfig(
         model="m",
         served_model_name="s",

@@ -38,7 +38,9 @@ def test_memory_is_divided_and_nothing_is_promised_twice():
 
 
 def test_the_line_people_know():
-    assert re.search(r"^bfloat16, \d+ pages of 64 tokens in bfloat16: maximum concurrency for 131,072 tokens per request: \d\.\d\dx", str(plan()))
+    assert re.search(
+        r"^bfloat16, \d+ pages of 64 tokens in bfloat16: maximum concurrency for 131,072 tokens per request: \d\.\d\dx", str(plan())
+    )
 
 
 def test_twenty_shapes_at_most_and_each_step_finds_one():

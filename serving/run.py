@@ -1,0 +1,110 @@
+"""Runs the application: binds the address, serves in this process or in several, says when it is ready.
+
+Several API processes (`--api-server-count`) each listen on a socket of their own at the same port, and the kernel deals
+the connections out. They share nothing but the engine process; the one that started them ends when any of them does.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from jaxllm.request import ConfigError
+from serving.options import ServerOptions
+
+if TYPE_CHECKING:
+    from serving.protocol import EngineLike
+
+KEEP_ALIVE_S = 75  # above the 60 s after which common load balancers drop an idle connection, so that they do it and not we
+DRAIN_S = 10  # what a stop signal leaves running requests to end by themselves
+WATCH_S = 0.2
+
+
+def bind(options: ServerOptions) -> socket.socket:
+    """A socket with the address taken, not listening yet. Raises ConfigError if the address cannot be had."""
+    host, port = options.host, options.port
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        listener = socket.socket(family, kind, protocol)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if options.api_server_count > 1:
+                listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(address)
+        except OSError:
+            listener.close()
+            raise
+    except OSError as error:
+        raise ConfigError(f"Cannot listen on {host} port {port}: {error.strerror or error}; choose another --host or --port") from None
+    return listener
+
+
+def url(options: ServerOptions, listener: socket.socket) -> str:
+    """Where a client on this machine finds the server."""
+    host = {"0.0.0.0": "localhost", "::": "localhost"}.get(options.host, options.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+def say_ready(engine: "EngineLike", options: ServerOptions, listener: socket.socket, start: float) -> None:
+    print(f"ready in {time.perf_counter() - start:.1f} s: {engine.model_name} at {url(options, listener)}/v1", flush=True)
+
+
+def serve(engine: "EngineLike", options: ServerOptions, listener: socket.socket, ready: Callable[[], None]) -> None:
+    """Serves until a signal; calls `ready` once it listens. Raises SystemExit, as uvicorn does, if the first request failed."""
+    import uvicorn
+
+    from serving.app import build_app
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)  # runs the first request, then listens
+            if self.started:
+                ready()
+
+    config = uvicorn.Config(
+        build_app(engine, options),
+        access_log=False,
+        log_config=None,
+        lifespan="on",
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=DRAIN_S,
+    )
+    Server(config).run([listener])
+
+
+def serve_in_processes(engine: "EngineLike", options: ServerOptions, listener: socket.socket, start: float) -> None:
+    """Serves from `api_server_count` processes until a signal or until one of them ends. Raises SystemExit if one failed."""
+    from serving.api_process import Job
+    from serving.remote_engine import RemoteEngine
+
+    assert isinstance(engine, RemoteEngine)
+    here = replace(options, port=listener.getsockname()[1])
+    job = Job(engine.config, here, engine.process.address, engine.process.pid)
+    workers = [job.start() for _ in range(options.api_server_count)]
+    try:
+        for worker in workers:
+            assert worker.stdout is not None
+            if not worker.stdout.readline():
+                raise SystemExit(1)  # it has said why
+        say_ready(engine, options, listener, start)
+        while all(worker.poll() is None for worker in workers) and engine.healthy:
+            time.sleep(WATCH_S)
+        raise SystemExit(1)
+    finally:
+        _end(workers)
+
+
+def _end(workers: list[subprocess.Popen]) -> None:
+    for worker in workers:
+        if worker.poll() is None:
+            os.kill(worker.pid, signal.SIGTERM)
+    for worker in workers:
+        try:
+            worker.wait(DRAIN_S + 5)
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.wait()
