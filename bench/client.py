@@ -11,6 +11,7 @@ import ssl
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 from urllib.parse import urlsplit
 
 from bench.traffic import Call
@@ -87,8 +88,8 @@ class Connection(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def connection_made(self, transport) -> None:
-        self._transport, self.open = transport, True
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport, self.open = cast(asyncio.Transport, transport), True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.open = False
@@ -117,7 +118,8 @@ class Connection(asyncio.Protocol):
             self._rest = data
             return
         first, *lines = data[:end].split(b"\r\n")
-        self._reply.status = int(first.split(b" ", 2)[1])
+        _, status = first.split(b" ")[:2]
+        self._reply.status = int(status)
         headers = {name.strip().lower(): value.strip().lower() for name, _, value in (line.partition(b":") for line in lines)}
         if b"chunked" in headers.get(b"transfer-encoding", b""):
             self._read = self._read_chunks
@@ -199,10 +201,11 @@ class Pool:
         _, connection = await asyncio.get_running_loop().create_connection(Connection, self.target.host, self.target.port, ssl=context)
         return connection
 
-    def close(self) -> None:
+    async def close(self) -> None:
         for connection in self._idle:
             connection.close()
         self._idle.clear()
+        await asyncio.sleep(0)  # a transport closes in the loop's next turn
 
 
 def _message(body: bytes) -> str:
@@ -270,7 +273,7 @@ async def drive(load: Load, start: float) -> tuple[list[tuple[Call, Reply]], Eff
     replies = await asyncio.gather(*tasks)
     effort = Effort(time.process_time() - cpu, time.perf_counter() - begun, late, max(lags))
     watch.cancel()
-    pool.close()
+    await pool.close()
     made = list(zip(load.calls, replies, strict=False))
     never = [Reply(time.perf_counter(), error="never sent: the run's time was over") for _ in load.calls[len(made) :]]
     return made + list(zip(load.calls[len(made) :], never, strict=True)), effort

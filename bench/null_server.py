@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import re
+from typing import cast
 
 from bench.client import loop_factory
 
@@ -44,10 +45,25 @@ class NullServer:
     def __init__(self, step: float = 0.0, vocab: int = 2**31):
         self.step, self.vocab = step, vocab
         self.running: dict[_Connection, int] = {}
+        self.connections: set[_Connection] = set()
+        self._server: asyncio.Server | None = None
         self._turning: asyncio.Task[None] | None = None
 
     async def listen(self, port: int = 0) -> asyncio.Server:
-        return await asyncio.get_running_loop().create_server(lambda: _Connection(self), "127.0.0.1", port, backlog=4096)
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), "127.0.0.1", port, backlog=4096)
+        return self._server
+
+    async def close(self) -> None:
+        """Ends every connection and answer."""
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.abort()
+        if self._turning is not None:
+            self._turning.cancel()
+            await asyncio.wait([self._turning])
+        await asyncio.sleep(0.01)  # a transport closes in the turns after
 
     def add(self, connection: "_Connection", tokens: int) -> None:
         self.running[connection] = tokens
@@ -69,11 +85,16 @@ class _Connection(asyncio.Protocol):
     def __init__(self, server: NullServer):
         self._server, self._buffer, self._chat, self._usage = server, b"", False, b""
 
-    def connection_made(self, transport) -> None:
-        self._transport = transport
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self._server.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._server.connections.discard(self)
         self._server.running.pop(self, None)
+
+    def abort(self) -> None:
+        self._transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data

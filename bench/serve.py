@@ -73,7 +73,7 @@ async def _ask(target: Target, request: bytes, timeout: float) -> Any:
     try:
         return await pool.ask(request, timeout)
     finally:
-        pool.close()
+        await pool.close()
 
 
 def first_model(args: argparse.Namespace) -> str:
