@@ -24,8 +24,8 @@ class RoundingContext(DenseContext):
     """No cache, but keys and values as one would hold them in fp8."""
 
     def attend(self, q_NQH, k_NKH, v_NKH, kv, **options):
-        rounded = (x.astype(FP8).astype(x.dtype) for x in (k_NKH, v_NKH))
-        return super().attend(q_NQH, *rounded, kv, **options)
+        k_NKH, v_NKH = (x.astype(FP8).astype(x.dtype) for x in (k_NKH, v_NKH))
+        return super().attend(q_NQH, k_NKH, v_NKH, kv, **options)
 
 
 def logprobs(context: DenseContext, tokens: list[int]) -> np.ndarray:
