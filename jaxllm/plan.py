@@ -182,11 +182,11 @@ def _chunks(config: EngineConfig, machine: Machine) -> list[int]:
 
 
 def _buckets(rows: int, chunks: list[int], eager: bool, machine: Machine) -> tuple[Bucket, ...]:
-    """Decode shapes in powers of two, and each chunk size with a few sizes of rows: 18 shapes at most."""
+    """Decode shapes in powers of two, closer where a padded row costs arithmetic, and each chunk size with a few sizes of rows."""
     if eager:
         return tuple(sorted({Bucket(0, rows), Bucket(chunks[-1], rows)}))
     gpu = machine.memory is not None
-    decode = {Bucket(0, min(r, rows)) for r in ((1, 8, 32, 64, 128, 256, 512, rows) if gpu else (1, 8, rows))}
+    decode = {Bucket(0, min(r, rows)) for r in ((1, 8, 32, 64, 128, 256, 384, 512, 768, rows) if gpu else (1, 8, rows))}
     mixed = {Bucket(c, min(r, rows)) for c in chunks for r in ((64, 256, rows) if gpu else (8, rows))}
     return tuple(sorted(decode | mixed))
 

@@ -30,6 +30,7 @@ class Sequence:
         self.limit = limit  # prompt and answer together end here
         self.tokens = list(request.prompt_token_ids)
         self.pending = 0  # sampled by dispatched steps, not yet read
+        self.length = len(self.tokens)  # tokens and pending together
         self.computed = 0  # tokens whose K and V the dispatched steps write
         self.cached = 0  # prompt tokens that the first admission found in the cache
         self.pages: list[int] = []
@@ -42,10 +43,6 @@ class Sequence:
     @property
     def prompt_len(self) -> int:
         return len(self.request.prompt_token_ids)
-
-    @property
-    def length(self) -> int:
-        return len(self.tokens) + self.pending
 
     @property
     def todo(self) -> int:
@@ -208,5 +205,6 @@ class Scheduler:
         row = Row(sequence, sequence.slot, start, count, samples, token, new_page, chunked or count > 1)
         sequence.computed += count
         sequence.pending += samples
+        sequence.length += samples
         self.publish(sequence)
         return row
