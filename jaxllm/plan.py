@@ -13,6 +13,7 @@ from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, ConfigError
 GIB = 2**30
 PAGE_SIZE = 64  # measured best with the Mosaic kernels; whole pages are what prompts share
 LARGE = 60 * GIB  # from this device memory on, steps are sized for throughput; below, weights need most of it
+SLACK = 5 * GIB // 4  # the allocator's rounding, CUDA graphs, libraries' workspaces
 CPU_CACHE_BYTES = 1 * GIB  # what the KV cache may take on a CPU, where there is no device memory to divide
 
 
@@ -56,7 +57,7 @@ class Plan:
     max_logprobs: int
     tensor_parallel_size: int
     kv_dtype: str | None = None  # of the pages, where it is not dtype
-    step_bytes: int | None = None  # device memory left for what a step needs beside weights and cache; None on a CPU
+    step_bytes: int | None = None  # device memory set aside for the temporaries of one step; None on a CPU
 
     @property
     def page_dtype(self) -> str:
@@ -111,16 +112,16 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype)
     page_bytes = kv_page_bytes(model, page_size, kv_dtype or dtype, config.tensor_parallel_size)
     scored = Bucket(min(chunks), min(rows, 8), scored=True)
-    step_bytes = _step_bytes(model, rows, max(chunks), dtype, config.tensor_parallel_size) + _state_bytes(
-        model, rows, -(-wanted // page_size)
-    )
-    pages = config.num_gpu_blocks_override or _num_pages(machine, rows, wanted, page_size, page_bytes, weight_bytes + step_bytes)
+    buckets = _buckets(rows, chunks, config.enforce_eager, machine)
+    step_bytes = _step_bytes(model, rows, max(chunks), scored, dtype, config.tensor_parallel_size)
+    beside = step_bytes + _kept_bytes(model, (*buckets, scored), rows, -(-wanted // page_size)) + SLACK
+    pages = config.num_gpu_blocks_override or _num_pages(machine, rows, wanted, page_size, page_bytes, weight_bytes + beside)
     if pages * page_size < wanted:
         if config.max_model_len is None or longest > 0:
             raise ConfigError(
                 f"one request of {wanted} tokens needs {-(-wanted // page_size)} pages of {page_size} tokens "
                 f"({-(-wanted // page_size) * page_bytes / GIB:.2f} GiB), but after weights ({weight_bytes / GIB:.2f} GiB) and step "
-                f"({step_bytes / GIB:.2f} GiB) there is room for {max(pages, 0)}; lower --max-model-len, use --max-model-len auto, "
+                f"({beside / GIB:.2f} GiB) there is room for {max(pages, 0)}; lower --max-model-len, use --max-model-len auto, "
                 "raise --gpu-memory-utilization or --tensor-parallel-size"
             )
         wanted = pages * page_size
@@ -132,7 +133,7 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
         page_size=page_size,
         num_pages=pages,
         max_num_seqs=rows,
-        buckets=_buckets(rows, chunks, config.enforce_eager, machine),
+        buckets=buckets,
         scored=scored,
         enable_prefix_caching=config.enable_prefix_caching,
         max_logprobs=config.max_logprobs,
@@ -197,14 +198,17 @@ def _num_pages(machine: Machine, rows: int, longest: int, page_size: int, page_b
     return min(rows * -(-longest // page_size), max(CPU_CACHE_BYTES // page_bytes, 1))
 
 
-def _step_bytes(model: ModelConfig, rows: int, chunk: int, dtype: str, tp: int) -> int:
-    """A generous bound on what the largest step needs beside weights and cache; the warm-up run proves it."""
+def _step_bytes(model: ModelConfig, rows: int, chunk: int, scored: Bucket, dtype: str, tp: int) -> int:
+    """A bound on what any step or draw needs beside weights and cache; Runner holds XLA's own figure against it."""
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     d_ff = max([model.d_ff] + [layer.experts.d_ff * 4 for layer in model.layers if layer.experts])
     lanes = (rows + chunk) * (8 * model.d_model + 4 * heads // tp + 4 * d_ff // tp) * dtype_bytes(dtype)
-    logits = 8 * rows * model.vocab_size * 4  # ports of every row size are two; the rest is for sampling
-    return 2 * lanes + logits + GIB // 2
+    logits = max(6 * rows, 3 * (scored.rows + scored.chunk)) * model.vocab_size * 4
+    return max(2 * lanes, logits)
 
 
-def _state_bytes(model: ModelConfig, rows: int, max_pages: int) -> int:
-    return (rows + 1) * (3 * model.vocab_size + 4 * (max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
+def _kept_bytes(model: ModelConfig, buckets: tuple[Bucket, ...], rows: int, max_pages: int) -> int:
+    """What stays on the device between steps beside weights and cache: each row size's logits, and every slot's state."""
+    ports = 4 * model.vocab_size * sum({bucket.rows for bucket in buckets})
+    state = (rows + 1) * (3 * model.vocab_size + 4 * (max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
+    return ports + state

@@ -171,7 +171,7 @@ class Runner:
         log.debug("the largest step needs %.2f GiB beside weights and cache", needed / GIB)
         if self.plan.step_bytes is not None and needed > self.plan.step_bytes:
             raise ConfigError(
-                f"the largest step needs {needed / GIB:.2f} GiB beside weights and cache, but {self.plan.step_bytes / GIB:.2f} GiB "
+                f"the largest step needs {needed / GIB:.2f} GiB of temporaries, but {self.plan.step_bytes / GIB:.2f} GiB "
                 "were set aside; lower --max-num-batched-tokens or --max-num-seqs"
             )
 

@@ -8,8 +8,8 @@ import pytest
 from bench.workloads import SHAPES
 from converters.checkpoint import read_config, tensor_shapes
 from jaxllm.config import EngineConfig
-from jaxllm.plan import GIB, Bucket, Machine, kv_page_bytes, make_plan
-from jaxllm.request import ConfigError
+from jaxllm.plan import GIB, SLACK, Bucket, Machine, kv_page_bytes, make_plan
+from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, ConfigError
 
 LLAMA = read_config(SHAPES["llama-3.1-8b"])
 WEIGHTS = 2 * sum(math.prod(shape) for shape in tensor_shapes(LLAMA).values())
@@ -32,7 +32,10 @@ def test_a_page_of_llama_8b_takes_what_arithmetic_says():
 def test_memory_is_divided_and_nothing_is_promised_twice():
     made = plan()
     assert made.step_bytes is not None
-    taken = WEIGHTS + made.step_bytes + (made.num_pages + 1) * kv_page_bytes(LLAMA, 64, "bfloat16", 1)
+    ports = 4 * LLAMA.vocab_size * sum({b.rows for b in (*made.buckets, made.scored)})
+    state = 1025 * (3 * LLAMA.vocab_size + 4 * (made.max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
+    pages = (made.num_pages + 1) * kv_page_bytes(LLAMA, 64, "bfloat16", 1)
+    taken = WEIGHTS + made.step_bytes + ports + state + pages + SLACK
     assert H200.memory is not None and H200.memory - 8 * 2**20 <= taken <= H200.memory
     assert made.max_model_len == 131_072 and made.max_num_seqs == 1024
 
