@@ -92,7 +92,8 @@ def warm_up(job: load.Job, count: int) -> None:
         call = Call(len(job.calls) + number, 0.0, call.prompt, call.output)  # its own prompt: nothing of the run is cached by it
         reply = asyncio.run(_ask(job.target, job.target.request(load.body(call, job)), job.timeout))
         if error := answers.read(call, reply).error:
-            raise ValueError(f"the first test request failed: {error}")
+            hint = "; if this server takes text only, ask with --prompts words" if job.vocab is not None and "HTTP 4" in error else ""
+            raise ValueError(f"the first test request failed: {error}{hint}")
 
 
 def measure(args: argparse.Namespace, model: str) -> tuple[list[Answer], str]:
@@ -298,6 +299,8 @@ def main(argv: list[str] | None = None) -> None:
     kept = rows(run, args, label, device)
     for row in kept:
         print(record.describe(row))
+    if not any("limit" in row for row in kept):
+        print(f"no limit is known of {label} on {device} under this load")
     if args.json:
         _write_json(args.json, run, args, model, len(found))
     if args.plot:
