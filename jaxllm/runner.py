@@ -149,11 +149,12 @@ class Runner:
             job(f"{b}'s inbox", self._loads, b, _load, (inbox, inbox), (0,))
         for m in sorted({b.rows for b in steps}):
             ports = device.Ports.shapes(m, self.model.vocab_size)
-            made = (ports.head_3M, ports.logits_MV)
+            how = (self._mesh, self._implementation)
             job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_M,), ())
-            job(f"draw of {m}", self._draws, m, device.draw, (s.last_S, s.floats_SF, s.ints_SI, *made), (0,))
-            args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, *made)
-            edited = partial(device.draw_edited, count=self.plan.max_logprobs)
+            args = (s.last_S, s.floats_SF, s.ints_SI, ports.head_3M, ports.tokens_M, ports.logits_MV)
+            job(f"draw of {m}", self._draws, m, partial(device.draw, *how), args, (0,))
+            args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, ports.head_3M, ports.logits_MV)
+            edited = partial(device.draw_edited, *how, count=self.plan.max_logprobs)
             job(f"edited draw of {m}", self._edited_draws, m, edited, args, (0, 1))
         packed = f((ADMITTED, device.row_width(self.plan)), jnp.int32)
         job("admission", self._admits, "rows", device.admit, (s.table_SP, s.floats_SF, s.ints_SI, s.edits_SE, packed), (0, 1, 2, 3))
@@ -217,7 +218,7 @@ class Runner:
 
     def _draw(self, rows: int) -> Array:
         s, ports = self._state, self._ports[rows]
-        s.last_S, tokens = self._draws[rows](s.last_S, s.floats_SF, s.ints_SI, ports.head_3M, ports.logits_MV)
+        s.last_S, tokens = self._draws[rows](s.last_S, s.floats_SF, s.ints_SI, ports.head_3M, ports.tokens_M, ports.logits_MV)
         return tokens
 
     def _draw_edited(self, rows: int) -> list[Array]:

@@ -1,4 +1,4 @@
-"""Logits to tokens: penalties, bias, bans, temperature, min-p, top-k, top-p, the draw, and log-probabilities.
+"""Logits to tokens: penalties, bias, bans, the draw by temperature, min-p, top-k and top-p, and log-probabilities.
 
 Pure jnp on float32 logits. Every row stands alone: its token depends on its own logits, parameters, seed and position,
 so neighbours never matter. Who keeps counts, seeds and parameters for each row is the runner's business.
@@ -6,7 +6,6 @@ so neighbours never matter. Who keeps counts, seeds and parameters for each row 
 Letters: B rows, V vocabulary, K ids listed for a row, C log-probabilities wanted.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import jax
@@ -14,9 +13,9 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from jaxllm.request import SamplingParams
+from pallas_kernels import Choice, draw
 
 BLOCK = 128  # tokens a block in `top`: V / 128 block maxima are few, and 128 floats are one wide read
-RADIX_BITS = 2  # bits of the threshold found in one pass over the logits: 3 candidates a pass, 16 passes
 _GREEDY_BELOW = 1e-5  # as SamplingParams.greedy
 
 
@@ -67,89 +66,18 @@ def greedy(logits_BV: Array) -> Array:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
 
-def sample(logits_BV: Array, sampling: Sampling, position_B: Array) -> Array:
+def sample(
+    logits_BV: Array, sampling: Sampling, position_B: Array, likeliest_B: Array | None = None, *, implementation: str = "reference"
+) -> Array:
     """A token of each row, int32 [B], drawn as vLLM does: temperature, min_p, top_k, top_p; temperature 0 takes the likeliest.
 
-    The draw is the Gumbel-max trick with noise from (seed, position) alone, where `position_B` is the place in the sequence that
-    the token will have: the same row gives the same token in any batch, at any row index, after any preemption.
+    Randomness comes from (seed, position) alone, where `position_B` is the place in the sequence that the token will have: the same row
+    gives the same token in any batch, at any row index, after any preemption. `likeliest_B` saves looking for them again.
     """
-    temperature_B = jnp.where(sampling.temperature_B < _GREEDY_BELOW, 1.0, sampling.temperature_B)
-    scaled_BV = logits_BV / temperature_B[:, None]
-    noisy_BV = jnp.where(keep(scaled_BV, sampling), scaled_BV + _gumbel(sampling.seed_B, position_B, logits_BV.shape[1]), -jnp.inf)
-    return jnp.where(sampling.temperature_B < _GREEDY_BELOW, greedy(logits_BV), greedy(noisy_BV))
-
-
-def keep(scaled_BV: Array, sampling: Sampling) -> Array:
-    """Which tokens may be drawn, bool [B, V], by min_p, then top_k, then top_p of what these leave (renormalised).
-
-    Each is a threshold on the logit, so equals live and die together: top_k keeps every token equal to the k-th, top_p every
-    token equal to the last one needed to reach its mass. The likeliest token is always kept.
-    """
-    key_BV = _ordered(scaled_BV)
-    highest_B = scaled_BV.max(axis=-1)
-    kth_B = _kth_largest(key_BV, sampling.top_k_B)
-    kept_BV = (key_BV >= kth_B[:, None]) & (scaled_BV >= (highest_B + jnp.log(sampling.min_p_B))[:, None])
-    # Weights of at most 1 that need no division by their sum: top_p asks for a share of the sum instead.
-    weight_BV = jnp.where(kept_BV, jnp.exp(scaled_BV - highest_B[:, None]), 0.0)
-    return kept_BV & (key_BV >= _mass_threshold(key_BV, weight_BV, sampling.top_p_B)[:, None])
-
-
-def _kth_largest(key_BV: Array, k_B: Array) -> Array:
-    """The k-th largest key of each row, uint32 [B]; 0, which every key reaches, where k is 0 or at least V."""
-
-    def count(candidate_B: Array) -> Array:
-        return (key_BV >= candidate_B[:, None]).sum(-1, dtype=jnp.int32)
-
-    off_B = (k_B <= 0) | (k_B >= key_BV.shape[1])
-    return jnp.where(off_B, 0, _largest_key(count, k_B)).astype(jnp.uint32)
-
-
-def _mass_threshold(key_BV: Array, weight_BV: Array, p_B: Array) -> Array:
-    """The largest key at or above which a share p of the weight lies, uint32 [B]; 0 where p is 1 or more."""
-
-    def mass(candidate_B: Array) -> Array:
-        return jnp.where(key_BV >= candidate_B[:, None], weight_BV, 0.0).sum(-1)
-
-    # A sum of the same terms in the same order, so that p just under 1 can always be reached.
-    total_B = mass(jnp.zeros(p_B.shape, jnp.uint32))
-    return jnp.where(p_B >= 1, 0, _largest_key(mass, p_B * total_B)).astype(jnp.uint32)
-
-
-def _ordered(x: Array) -> Array:
-    """uint32 keys that compare as the floats do (-0.0 equals 0.0)."""
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)
-    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-
-def _largest_key(measure: Callable[[Array], Array], wanted_B: Array) -> Array:
-    """The largest uint32 key whose measure, which falls as keys grow, still reaches `wanted_B`; 0 if none does.
-
-    measure: keys [B] -> [B]. The key is found from its top bits down, RADIX_BITS a pass; a pass measures its candidates one by
-    one, as reductions over the same logits that XLA can fuse (as one wider reduction they took three times as long on CPU).
-    """
-
-    def narrow(i, key_B):
-        shift = jnp.uint32(32 - RADIX_BITS) - RADIX_BITS * i.astype(jnp.uint32)
-        reached = [measure(key_B + (jnp.uint32(digit) << shift)) >= wanted_B for digit in range(1, 1 << RADIX_BITS)]
-        return key_B + (sum(r.astype(jnp.uint32) for r in reached) << shift)
-
-    return lax.fori_loop(0, 32 // RADIX_BITS, narrow, jnp.zeros(wanted_B.shape, jnp.uint32))
-
-
-def _gumbel(seed_B: Array, position_B: Array, width: int) -> Array:
-    """Gumbel noise float32 [B, width], a function of (seed, position, token) alone, the same bits on CPU and GPU.
-
-    All 32 random bits are used, and small ones exactly. jax.random.gumbel's 23 bits end at 15.9: a token whose logit is 18 below the
-    likeliest could hardly ever be drawn, though a vocabulary of 150,000 such has a mass of 0.2%.
-    """
-
-    def row(seed, position):
-        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
-        uniform = (jax.random.bits(key, (width,), jnp.uint32).astype(jnp.float32) + 0.5) * 2.0**-32
-        # The cap keeps the noise finite, so that a row with one token left still chooses it.
-        return -jnp.log(-jnp.log1p(-jnp.minimum(uniform, 1 - 2.0**-24)))
-
-    return jax.vmap(row)(seed_B, position_B)
+    likeliest_B = greedy(logits_BV) if likeliest_B is None else likeliest_B
+    temperature_B = jnp.where(sampling.temperature_B < _GREEDY_BELOW, 0.0, sampling.temperature_B)
+    choice = Choice(temperature_B, sampling.top_p_B, sampling.min_p_B, sampling.top_k_B, sampling.seed_B, position_B)
+    return draw(logits_BV, likeliest_B, choice, implementation=implementation)
 
 
 def penalize(logits_BV: Array, counts_BV: Array, in_prompt_BV: Array, sampling: Sampling) -> Array:

@@ -4,7 +4,8 @@ S row slots and the spare one that padding uses, M rows of a bucket, T chunk lan
 V vocabulary, C log-probabilities wanted, A rows admitted at once.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -113,18 +114,29 @@ def _remember(last_S: Array, slot_M: Array, samples_M: Array, tokens_M: Array) -
     return last_S.at[jnp.where(samples_M, slot_M, last_S.shape[0] - 1)].set(tokens_M)
 
 
-def draw(last_S: Array, floats_SF: Array, ints_SI: Array, head_3M: Array, logits_MV: Array) -> tuple[Array, Array]:
+def draw(
+    mesh: Mesh, implementation: str, last_S: Array, floats_SF: Array, ints_SI: Array, head_3M: Array, likeliest_M: Array, logits_MV: Array
+) -> tuple[Array, Array]:
     """(last_S, tokens_M) of rows that sample by temperature, top-k, top-p and min-p."""
-    slot_M, length_M, samples_M = head_3M
+    slot_M, _, samples_M = head_3M
     sampling = sample.Sampling.unpack(floats_SF[slot_M], ints_SI[slot_M])
-    tokens_M = sample.sample(logits_MV, sampling, length_M)
+    tokens_M = _sample(mesh, implementation, logits_MV, sampling, head_3M, likeliest_M)
     return _remember(last_S, slot_M, samples_M > 0, tokens_M), tokens_M
+
+
+def _sample(mesh: Mesh, implementation: str, logits_MV: Array, sampling: sample.Sampling, head_3M: Array, likeliest_M: Array) -> Array:
+    _, length_M, samples_M = head_3M
+    sampling = replace(sampling, temperature_B=jnp.where(samples_M > 0, sampling.temperature_B, 0.0))  # no work for rows without a token
+    local = partial(sample.sample, implementation=implementation)
+    if mesh.size > 1:  # the same on every device
+        local = jax.shard_map(local, mesh=mesh, in_specs=spec(()), out_specs=spec(()), check_vma=False)
+    return local(logits_MV, sampling, length_M, likeliest_M)
 
 
 EDITS = 2 * MAX_BIAS + MAX_STOP_IDS + 1  # bias ids, bias values (as bits), stop ids, the length below which those are banned
 
 
-def draw_edited(last_S, counts_SV, floats_SF, ints_SI, edits_SE, in_prompt_SV, head_3M, logits_MV, *, count: int):
+def draw_edited(mesh, implementation, last_S, counts_SV, floats_SF, ints_SI, edits_SE, in_prompt_SV, head_3M, logits_MV, *, count: int):
     """(last_S, counts_SV, tokens_M, chosen_M, rank_M, values_MC, ids_MC): the draw with penalties, biases and bans before it.
 
     The log-probabilities are of the logits as they were, `count` of them.
@@ -137,7 +149,7 @@ def draw_edited(last_S, counts_SV, floats_SF, ints_SI, edits_SE, in_prompt_SV, h
     edited = sample.penalize(logits_MV, counts_SV[slot_M], in_prompt_SV[slot_M], sampling)
     edited = sample.bias(edited, bias_ids, values)
     edited = sample.ban(edited, jnp.where((length_M < edits[:, -1])[:, None], stop_ids, -1))
-    tokens_M = sample.sample(edited, sampling, length_M)
+    tokens_M = _sample(mesh, implementation, edited, sampling, head_3M, sample.greedy(edited))
     counts_SV = counts_SV.at[slot_M, tokens_M].add((samples_M > 0).astype(counts_SV.dtype))
     return _remember(last_S, slot_M, samples_M > 0, tokens_M), counts_SV, tokens_M, *sample.logprobs(logits_MV, tokens_M, count)
 

@@ -1,6 +1,7 @@
-"""jaxllm/sample.py against numpy: masks by sorting, frequencies by chi-square, the rest by formula."""
+"""jaxllm/sample.py and the draw's kernel against numpy: what may be drawn by sorting, frequencies by chi-square, the rest by formula."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,17 +10,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import pallas as pl
+from jax.extend.random import threefry_2x32
 from scipy import stats
 
 from jaxllm import sample
 from jaxllm.request import SamplingParams
 from jaxllm.sample import FLOATS, INTS, Sampling
+from pallas_kernels import sampling
 
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.5, 1.5, 0.3, -0.2, -1.0, -3.0, 0.9, 1.1, -np.inf, 0.3], np.float32)
 
 draw = jax.jit(sample.sample)
-keep = jax.jit(sample.keep)
 
 
 def rows(count: int, seed: int = 7, **options) -> Sampling:
@@ -46,6 +49,13 @@ def by_sorting(logits: np.ndarray, *, temperature=1.0, min_p=0.0, top_k=0, top_p
         last = ordered[np.searchsorted(np.cumsum(ordered), top_p)]
         p = np.where(p >= last, p, 0)
     return p / p.sum()
+
+
+def drawn(logits: np.ndarray, one: Sampling, draws: int = 4000) -> np.ndarray:
+    """Which tokens of a row ever come, bool [V]."""
+    many = jax.tree.map(lambda x: jnp.repeat(x, draws), one)
+    tokens = draw(jnp.tile(jnp.array(logits, jnp.float32), (draws, 1)), many, jnp.arange(draws))
+    return np.bincount(tokens, minlength=len(logits)) > 0
 
 
 def test_layout():
@@ -82,8 +92,8 @@ def test_frequencies(options: dict[str, Any]):
 
 def test_frequencies_over_seeds():
     """Seeds, not positions, as the draws: what requests without a seed of their own see at their first token."""
-    sampling = replace(rows(DRAWS), seed_B=jnp.arange(DRAWS, dtype=jnp.int32) - DRAWS // 2)
-    tokens = np.asarray(draw(jnp.tile(LOGITS, (DRAWS, 1)), sampling, jnp.full(DRAWS, 5)))
+    each = replace(rows(DRAWS), seed_B=jnp.arange(DRAWS, dtype=jnp.int32) - DRAWS // 2)
+    tokens = np.asarray(draw(jnp.tile(LOGITS, (DRAWS, 1)), each, jnp.full(DRAWS, 5)))
     expected = softmax(LOGITS) * DRAWS
     seen = np.bincount(tokens, minlength=len(LOGITS))
     assert stats.chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 1e-3
@@ -104,9 +114,16 @@ def test_penalties_change_frequencies_as_computed():
 
 def test_noise_reaches_far_enough():
     """Each value as often as a Gumbel variable's, past where 23 random bits end (15.9)."""
-    noise = np.asarray(jax.jit(sample._gumbel, static_argnums=2)(jnp.arange(2), jnp.zeros(2, jnp.int32), 1 << 20)).ravel()
-    assert stats.kstest(noise[:100_000], stats.gumbel_r.cdf).pvalue > 1e-3
-    assert np.isfinite(noise).all() and len(np.unique(np.sort(noise)[-1000:])) == 1000
+    for wait in jax.jit(sampling.waits)(jnp.int32(1), jnp.int32(0), jnp.uint32(0), jnp.arange(1 << 21)):
+        noise = -np.log(np.asarray(wait))
+        assert stats.kstest(noise[:100_000], stats.gumbel_r.cdf).pvalue > 1e-3
+        assert np.isfinite(noise).all() and len(np.unique(np.sort(noise)[-1000:])) == 1000
+
+
+def test_random_bits_are_threefry():
+    key, counter = np.random.default_rng(0).integers(0, 2**32, (2, 8), np.uint32)
+    ours = sampling.threefry((key[0], key[1]), (counter[:4], counter[4:]))
+    np.testing.assert_array_equal(np.concatenate(ours), threefry_2x32(jnp.array(key[:2]), jnp.array(counter)))
 
 
 def test_temperature_zero_takes_the_likeliest():
@@ -120,8 +137,8 @@ def test_temperature_zero_takes_the_likeliest():
 def test_one_token_left_is_always_chosen():
     """Even when its noise is the lowest there is."""
     logits = jnp.tile(jnp.array([0.0, 9.0, 1.0]), (DRAWS, 1))
-    for sampling in (rows(DRAWS, top_k=1), rows(DRAWS, top_p=1e-6), rows(DRAWS, min_p=1.0)):
-        assert (draw(logits, sampling, jnp.arange(DRAWS)) == 1).all()
+    for one in (rows(DRAWS, top_k=1), rows(DRAWS, top_p=1e-6), rows(DRAWS, min_p=1.0)):
+        assert (draw(logits, one, jnp.arange(DRAWS)) == 1).all()
 
 
 def test_same_seed_and_position_same_token_whatever_the_batch():
@@ -163,52 +180,101 @@ values = st.lists(
 
 @settings(max_examples=60, deadline=None)
 @given(values, st.integers(1, 40), st.integers(-1, 2**31 - 1))
-def test_top_k_mask_is_exact(values, k, other_k):
+def test_top_k_threshold_is_exact(values, k, other_k):
     values[0] = 0.5  # a row needs one finite logit
     logits = np.array([values, values[::-1]], np.float32)
-    got = np.asarray(keep(jnp.array(logits), replace(rows(2), top_k_B=jnp.array([k, max(other_k, 0)], jnp.int32))))
-    for row, mask, limit in zip(logits, got, (k, other_k), strict=True):
+    floor = jax.jit(sampling.raise_to_kth)(jnp.array(logits), jnp.array([k, max(other_k, 0)], jnp.int32), jnp.full(2, -jnp.inf))
+    for row, got, limit in zip(logits, np.asarray(floor), (k, other_k), strict=True):
         kth = np.sort(row)[::-1][min(limit, 16) - 1] if limit > 0 else -np.inf
         # A minus infinity can never be drawn, kept or not.
-        np.testing.assert_array_equal(mask[row > -np.inf], (row >= kth)[row > -np.inf])
+        np.testing.assert_array_equal((row >= got)[row > -np.inf], (row >= kth)[row > -np.inf])
 
 
 @settings(max_examples=60, deadline=None)
 @given(values, st.floats(1e-6, 1.0), st.integers(0, 20))
-def test_top_p_mask_is_exact(values, p, k):
+def test_only_the_top_p_are_drawn(values, p, k):
     values[0] = 0.5
-    logits = np.array([values], np.float32)
+    logits = np.array(values, np.float32)
     p = float(np.float32(p))
-    got = np.asarray(keep(jnp.array(logits), replace(rows(1, top_k=k), top_p_B=jnp.array([p], jnp.float32))))[0]
-    survivors = by_sorting(logits[0], top_k=k)
-    for value in np.unique(logits[0][logits[0] > -np.inf]):
-        kept, expected = got[logits[0] == value], survivors[logits[0] == value][0]
-        above = survivors[logits[0] > value].sum()
-        if p == 1:
-            assert kept.all() == (k == 0 or (logits[0] > value).sum() < k)
-        elif above < p - 1e-5 and expected > 1e-5:
-            assert kept.all()  # needed to reach p
-        elif above > p + 1e-5:
-            assert not kept.any()  # p is reached without it
-    assert got[logits[0] == logits[0].max()].all()
+    got = drawn(logits, replace(rows(1, top_k=k), top_p_B=jnp.array([p], jnp.float32)))
+    survivors, wanted = by_sorting(logits, top_k=k), by_sorting(logits, top_k=k, top_p=p)
+    for value in np.unique(logits[logits > -np.inf]):
+        came, expected, above = got[logits == value], survivors[logits == value][0], survivors[logits > value].sum()
+        if above < p - 1e-5 and wanted[logits == value][0] > 0.01:
+            assert came.all()  # needed to reach p
+        elif above > p + 1e-5 or expected == 0:
+            assert not came.any()  # p is reached without it
+    assert got[logits == logits.max()].any()
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.floats(-9, 9, width=32), min_size=16, max_size=16), st.integers(0, 15), st.sampled_from([0.99, 1.01]))
-def test_min_p_mask(values, token, factor):
+def test_min_p_border(values, token, factor):
     """min_p just below or above what one of the tokens has."""
-    logits = np.array([values], np.float32)
-    ratio = np.exp(logits[0].astype(np.float64) - logits.max())
+    logits = np.array(values, np.float32)
+    ratio = np.exp(logits.astype(np.float64) - logits.max())
     p = min(float(ratio[token] * factor), 1.0)
-    got = np.asarray(keep(jnp.array(logits), replace(rows(1), min_p_B=jnp.array([p], jnp.float32))))[0]
-    np.testing.assert_array_equal(got[abs(ratio / p - 1) > 1e-3], (ratio > p)[abs(ratio / p - 1) > 1e-3])
+    got = drawn(logits, replace(rows(1), min_p_B=jnp.array([p], jnp.float32)))
+    clear = abs(ratio / p - 1) > 1e-3
+    assert not got[clear & (ratio < p)].any()
+    assert got[clear & (ratio > p) & (by_sorting(logits, min_p=p) > 0.01)].all()
 
 
 def test_top_p_on_a_boundary():
     """Halves, quarters, eighths: exact in float32, so the border itself can be tested."""
-    logits = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125]))
-    masks = keep(jnp.tile(logits, (4, 1)), replace(rows(4), top_p_B=jnp.array([0.4999, 0.5001, 0.7501, 1.0])))
-    np.testing.assert_array_equal(np.asarray(masks).sum(-1), [1, 2, 4, 4])
+    logits = np.log(np.array([0.5, 0.25, 0.125, 0.125], np.float32))
+    for p, count in ((0.4999, 1), (0.5001, 2), (0.7501, 4), (1.0, 4)):
+        assert drawn(logits, rows(1, top_p=p)).sum() == count
+
+
+@pytest.mark.parametrize("width", [11, 700, 5000])
+def test_the_kernel_draws_what_the_reference_draws(width):
+    """Rows of all kinds side by side, with equals at every border, in the interpreter."""
+    rng = np.random.default_rng(width)
+    logits = rng.normal(size=(48, width)).astype(np.float32) * 2
+    logits[12:24] = np.round(logits[12:24] * 4)
+    logits[24:36, width // 3 :] = -np.inf
+    logits[36] = 0
+    options: list[dict[str, Any]] = [
+        {},
+        {"top_p": 0.9},
+        {"top_p": 0.2, "temperature": 0.6},
+        {"top_k": 20},
+        {"top_k": 50, "top_p": 0.5},
+        {"top_k": 2000, "top_p": 0.95},
+        {"min_p": 0.1},
+        {"top_k": 300, "top_p": 0.9, "min_p": 0.01},
+        {"temperature": 0.0},
+        {"top_k": 1},
+    ]
+    each = [rows(1, seed=i, **options[i % len(options)]) for i in range(48)]
+    mixed = jax.tree.map(lambda *x: jnp.concatenate(x), *each)
+    choice = sampling.Choice(mixed.temperature_B, mixed.top_p_B, mixed.min_p_B, mixed.top_k_B, mixed.seed_B, jnp.arange(48) % 5)
+    args = jnp.array(logits), sample.greedy(jnp.array(logits)), choice
+    expected = jax.jit(sampling.draw)(*args)
+    got = jax.jit(partial(sampling.draw, implementation="portable", interpret=True))(*args)
+    np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_kernel_leaves_the_top_k(ties):
+    """Every k that it searches for in its own way: few, more than its lanes are good for, nearly all; with and without equals."""
+    logits = np.random.default_rng(5).normal(size=5000).astype(np.float32)
+    if ties:
+        logits = np.round(logits * 8) / 8
+    ks = np.array([1, 2, 7, 50, 64, 333, 1500, 2500, 4000, 4990, 4999, 5000, 6000], np.int32)
+
+    def kernel(logits_ref, k_ref, floor_ref, mass_ref):
+        row = sampling.Row(logits_ref, 0, 5000, jnp.float32(logits.max()), jnp.float32(1))
+        floor, sum_C = sampling.truncate(row, jnp.float32(-9.0), k_ref[pl.program_id(0)])
+        floor_ref[pl.program_id(0)], mass_ref[pl.program_id(0)] = floor, jnp.sum(sum_C)
+
+    out = jax.ShapeDtypeStruct(ks.shape, jnp.float32)
+    floor, mass = pl.pallas_call(kernel, grid=ks.shape, out_shape=(out, out), interpret=True)(jnp.array(logits)[None], jnp.array(ks))
+    for k, got, weight in zip(ks, np.asarray(floor), np.asarray(mass), strict=True):
+        kept = logits >= np.sort(logits)[::-1][min(k, 5000) - 1]
+        np.testing.assert_array_equal(logits >= got, kept)
+        np.testing.assert_allclose(weight, np.exp(logits - logits.max(), dtype=np.float64)[kept].sum(), rtol=1e-5)
 
 
 def test_bias_and_ban():
