@@ -265,7 +265,7 @@ def test_the_kernel_leaves_the_top_k(ties):
     ks = np.array([1, 2, 7, 50, 64, 333, 1500, 2500, 4000, 4990, 4999, 5000, 6000], np.int32)
 
     def kernel(logits_ref, k_ref, floor_ref, mass_ref):
-        row = sampling.Row(logits_ref, 0, 5000, jnp.float32(logits.max()), jnp.float32(1))
+        row = sampling.Row(logits_ref, jnp.int32(0), 5000, jnp.float32(logits.max()), jnp.float32(1))
         floor, sum_C = sampling.truncate(row, jnp.float32(-9.0), k_ref[pl.program_id(0)])
         floor_ref[pl.program_id(0)], mass_ref[pl.program_id(0)] = floor, jnp.sum(sum_C)
 
