@@ -1,11 +1,11 @@
-"""Drawing a token of each row from its logits by temperature, min_p, top_k and top_p, without sorting and without a mask.
+"""Drawing a token of each row from its logits by temperature, min_p, top_k and top_p, without sorting the vocabulary.
 
-A token is drawn from what min_p and top_k leave; as long as the tokens likelier than it hold the share top_p already, it is drawn again,
-from those alone. What is taken then follows the truncated distribution exactly (rejection sampling: arxiv.org/abs/2501.01005, section 3.4,
-names it for GPUs), and each turn is one read of the row: 1 / top_p turns at most on average, whatever the distribution, and fewer because
-every turn starts from fewer tokens. top_k alone needs its threshold in advance, for its mass is what top_p asks a share of.
+A token is drawn from what min_p and top_k leave; while the tokens likelier than it already hold the share top_p, it is drawn again, from
+those alone. What is taken in the end follows the truncated distribution exactly: this is rejection sampling, as in
+flashinfer.ai/2025/03/10/sampling.html. Each turn is one read of the row, and there are fewer than 1 / top_p + 1 on average, however the
+logits are distributed. Only top_k needs its threshold beforehand, because top_p asks for a share of what top_k leaves.
 
-One turn is an exponential race: of events that come at rates w, event i comes first with probability w_i / sum(w). It is run twice, among
+One turn is an exponential race: of waits with rates w, the i-th is the shortest with probability w_i / sum(w). It is run twice, among
 CLASSES classes of tokens (token % CLASSES) by their sums, then among the members of the winner, so that a thousand random numbers serve a
 vocabulary. They depend on (seed, position, turn) alone, so neighbours never matter.
 
@@ -49,8 +49,11 @@ def draw(logits_BV: Array, likeliest_B: Array, choice: Choice, *, implementation
     """A token of each row, int32 [B]. `likeliest_B` are the tokens with the largest logits.
 
     Equals share their fate: top_k keeps every token equal to the k-th, top_p every token equal to the last one needed to reach its share
-    of what min_p and top_k leave. The implementations sum in different orders, so that one draw in about a million may differ.
+    of what min_p and top_k leave. The implementations draw the same token unless it hangs on how a sum was rounded. implementation: as
+    `implementation_for` names it. interpret: run the kernel in its interpreter, slowly, on a CPU. Raises ValueError for another name.
     """
+    if implementation not in ("reference", "portable", "sm90"):
+        raise ValueError(f"implementation must be one of portable, sm90, reference, got {implementation!r}")
     if implementation == "reference":
         return _reference(logits_BV, likeliest_B, choice)
     return pl.pallas_call(

@@ -256,6 +256,17 @@ def test_the_kernel_draws_what_the_reference_draws(width):
     np.testing.assert_array_equal(got, expected)
 
 
+@pytest.mark.parametrize("how", [{}, {"implementation": "portable", "interpret": True}], ids=str)
+def test_a_draw_from_nothing_ends(how):
+    """Logits that overflowed give some token: a kernel that searched on would stop the whole engine."""
+    logits = np.zeros((3, 700), np.float32)
+    logits[0], logits[1, 5], logits[2] = np.nan, np.nan, -np.inf
+    one = rows(3, top_k=5, top_p=0.5, min_p=0.1)
+    choice = sampling.Choice(one.temperature_B, one.top_p_B, one.min_p_B, one.top_k_B, one.seed_B, jnp.arange(3))
+    tokens = np.asarray(jax.jit(partial(sampling.draw, **how))(jnp.array(logits), sample.greedy(jnp.array(logits)), choice))
+    assert ((tokens >= 0) & (tokens < 700)).all()
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_kernel_leaves_the_top_k(ties):
     """Every k that it searches for in its own way: few, more than its lanes are good for, nearly all; with and without equals."""
