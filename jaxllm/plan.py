@@ -203,7 +203,7 @@ def _step_bytes(model: ModelConfig, rows: int, chunk: int, scored: Bucket, dtype
     heads = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
     d_ff = max([model.d_ff] + [layer.experts.d_ff * 4 for layer in model.layers if layer.experts])
     lanes = (rows + chunk) * (8 * model.d_model + 4 * heads // tp + 4 * d_ff // tp) * dtype_bytes(dtype)
-    logits = max(6 * rows, 3 * (scored.rows + scored.chunk)) * model.vocab_size * 4
+    logits = 3 * max(rows, scored.rows + scored.chunk) * model.vocab_size * 4
     return max(2 * lanes, logits)
 
 
