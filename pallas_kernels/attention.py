@@ -140,9 +140,8 @@ def plan_work(
         dtype=jnp.dtype(dtype).name,
         window=window,
         chunk=chunk,
-        decode=decode,
-        prefill=prefill,
         interpret=interpret,
+        blocks=(decode, prefill),
     )
 
 
@@ -208,12 +207,12 @@ def _kernels(q_NQH, k_pages, v_pages, rows, work, lse, options, extras) -> tuple
     options["interpret"] = work.interpret
     chunk = None
     if work.tiles is not None:
-        chunk = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, work.prefill, lse=lse, **options, **extras)
+        chunk = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, work.blocks[1], lse=lse, **options, **extras)
     packed = work.implementation == "sm90" and attention_sm90.packs(work.group)
     if work.implementation == "sm90":
         o_SGH, lse_SG = attention_sm90.decode(q_NQH, k_pages, v_pages, rows, work.shares, **options)
     else:
-        o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, work.decode, **options, **extras)
+        o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], **options, **extras)
     shape = dict(heads=q_NQH.shape[1], group=work.group, dtype=q_NQH.dtype)
     return combine(o_SGH, lse_SG, work.shares, chunk, packed=packed, lse=lse, interpret=work.interpret, **shape)
 

@@ -88,7 +88,7 @@ class Tiles:
 class Work:
     """What `plan_work` found out, and for which call: `paged_attention` refuses another shape, window or implementation.
 
-    decode, prefill: the portable kernels' block sizes, which shares and tiles were cut for.
+    blocks: the portable kernels' block sizes, which shares and tiles were cut for.
     """
 
     lanes: Lanes | None
@@ -102,9 +102,8 @@ class Work:
     dtype: str = static()
     window: int | None = static()
     chunk: int = static()
-    decode: Decode = field(metadata={"static": True})
-    prefill: Prefill = field(metadata={"static": True})
     interpret: bool = static()
+    blocks: tuple[Decode, Prefill] = static()
 
 
 def lanes(rows: Rows, chunk: int) -> Lanes:
