@@ -78,3 +78,27 @@ def bars(rows: Sequence[dict[str, Any]], labels: Sequence[str], path: Path, titl
     ax.grid(alpha=0.3, axis="y")
     ax.legend()
     made.savefig(path)
+
+
+def kernels(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """The kernel bench: decode's read rate over the bytes it reads and prefill's rate over its tokens; another's figures as crosses."""
+    made, axes = figure(2, title)
+    kinds = (("kernel_decode_TBps", "MB", "MB of keys and values"), ("kernel_prefill_TFs", "tokens", "prompt tokens"))
+    for ax, (name, across, label) in zip(axes, kinds, strict=True):
+        drawn = [row for row in rows if row["name"] == name]
+        for line in sorted({_line(row) for row in drawn}):
+            points = sorted((row[across], row["value"]) for row in drawn if _line(row) == line)
+            ax.plot(*zip(*points, strict=True), "o-", markersize=3, linewidth=0.8, label=line)
+        anchored = [row for row in drawn if row.get("anchor") is not None]
+        ax.plot([row[across] for row in anchored], [row["anchor"] for row in anchored], "x", color=VLLM, label="FlashAttention-3")
+        for limit in {row["limit"] for row in drawn if row.get("limit") is not None}:
+            ax.axhline(limit, color=LIMIT, linestyle="--", label="measured limit")
+        ax.set(xlabel=label, ylabel=drawn[0]["unit"] if drawn else "", xscale="log", ylim=(0, None))
+        ax.grid(alpha=0.3)
+        if drawn:
+            ax.legend(fontsize=6)
+    made.savefig(path, dpi=120)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return f"{row['heads']}/{row['kv_heads']} heads of {row['head_dim']}, page {row['page']}, {row['dtype']}, {row['implementation']}"

@@ -4,6 +4,7 @@ N query tokens of a step (M decode lanes, then T chunk lanes), Q query heads, K 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, overload
 
 import jax
@@ -12,6 +13,7 @@ from jax import Array
 
 from pallas_kernels import attention_portable, attention_reference, attention_sm90
 from pallas_kernels.attention_combine import combine
+from pallas_kernels.blocks import Decode, Prefill, Shape, blocks
 from pallas_kernels.work import Rows, Shares, Work, lanes, shares, tiles
 
 CORES = 132  # of an H200: what is planned for where no GPU says its own number, as in ahead-of-time compilation
@@ -122,10 +124,14 @@ def plan_work(
     implementation = implementation or implementation_for(capability, **shape)
     _refuse(implementation, **shape)
     kernel = implementation != "reference"
+    sizes = partial(Shape, head_dim, group, page_size, jnp.dtype(dtype).name, length=rows.table_MP.shape[1] * page_size)
+    kind = jax.devices()[0].device_kind
+    decode, prefill = blocks("decode", kind, sizes(rows=rows.length_M.shape[0])), blocks("prefill", kind, sizes(rows=chunk))
+    assert isinstance(decode, Decode) and isinstance(prefill, Prefill)
     return Work(
         lanes=None if kernel else lanes(rows, chunk),
-        shares=_shares(rows, implementation, kv_heads, head_dim, dtype, window, interpret) if kernel else None,
-        tiles=tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group, head_dim, dtype)) if kernel and chunk else None,
+        shares=_shares(rows, implementation, kv_heads, head_dim, decode, window, interpret) if kernel else None,
+        tiles=tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group, prefill)) if kernel and chunk else None,
         implementation=implementation,
         page_size=page_size,
         kv_heads=kv_heads,
@@ -135,14 +141,15 @@ def plan_work(
         window=window,
         chunk=chunk,
         interpret=interpret,
+        blocks=(decode, prefill),
     )
 
 
-def _shares(rows: Rows, implementation: str, kv_heads: int, head_dim: int, dtype, window: int | None, interpret: bool) -> Shares:
+def _shares(rows: Rows, implementation: str, kv_heads: int, head_dim: int, decode: Decode, window: int | None, interpret: bool) -> Shares:
     if implementation == "sm90":
         kv_block, per_core = attention_sm90.KV_BLOCK, attention_sm90.WORKERS_PER_CORE[head_dim]
     else:
-        kv_block, per_core = attention_portable.kv_block(head_dim, dtype), attention_portable.WORKERS_PER_CORE
+        kv_block, per_core = decode.kv_block, decode.workers_per_core
     workers = INTERPRETED_WORKERS if interpret else per_core * getattr(jax.devices()[0], "core_count", CORES)
     return shares(rows, kv_heads=kv_heads, kv_block=kv_block, window=window, workers=workers)
 
@@ -200,12 +207,12 @@ def _kernels(q_NQH, k_pages, v_pages, rows, work, lse, options, extras) -> tuple
     options["interpret"] = work.interpret
     chunk = None
     if work.tiles is not None:
-        chunk = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, lse=lse, **options, **extras)
+        chunk = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, work.blocks[1], lse=lse, **options, **extras)
     packed = work.implementation == "sm90" and attention_sm90.packs(work.group)
     if work.implementation == "sm90":
         o_SGH, lse_SG = attention_sm90.decode(q_NQH, k_pages, v_pages, rows, work.shares, **options)
     else:
-        o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, **options, **extras)
+        o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], **options, **extras)
     shape = dict(heads=q_NQH.shape[1], group=work.group, dtype=q_NQH.dtype)
     return combine(o_SGH, lse_SG, work.shares, chunk, packed=packed, lse=lse, interpret=work.interpret, **shape)
 

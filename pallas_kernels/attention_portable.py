@@ -10,7 +10,7 @@ of two, so lines and features are padded with masks. `lax.div` and `lax.rem` sta
 
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,59 +19,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention_combine import LOW
+from pallas_kernels.blocks import Decode, Prefill, features
 from pallas_kernels.work import Rows, Shares, Tiles
 
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 FP8 = jnp.float8_e4m3fn
 WIDENED = 2.0**8  # float16's exponent bias less e4m3's, as a factor
 F16_MAX = 65504.0
-WORKERS_PER_CORE = 3  # decode programs that fit on a multiprocessor at a time
 
 
-class Tiling(NamedTuple):
-    """A prefill program: query tokens * heads of a group in its tile, tokens in its KV block, and what Triton makes of it."""
-
-    lines: int
-    kv_block: int
-    num_warps: int
-    num_stages: int
-
-
-# By padded head_dim, for 16-bit pages: of ten tried on an H200, the best over 2048 and 8192 tokens together.
-TILINGS = {64: Tiling(128, 64, 8, 5), 128: Tiling(64, 32, 4, 4)}
-
-
-def kv_block(head_dim: int, dtype) -> int:
-    """Tokens in a KV block: at most 16 kB, so that four of them fit in the shared memory of the smallest card (99 kB)."""
-    return max(16, min(64, 16384 // (_features(head_dim) * jnp.dtype(dtype).itemsize)))
-
-
-def tiling(head_dim: int, dtype) -> Tiling:
-    """The prefill program for pages of this kind."""
-    measured = TILINGS.get(_features(head_dim)) if jnp.dtype(dtype).itemsize == 2 else None
-    return measured or Tiling(128, kv_block(head_dim, dtype), 8, 3)
-
-
-def tile_tokens(group: int, head_dim: int, dtype) -> int:
+def tile_tokens(group: int, blocks: Prefill) -> int:
     """Chunk tokens in a prefill tile."""
-    return max(1, tiling(head_dim, dtype).lines // pl.next_power_of_2(group))
+    return max(1, blocks.lines // pl.next_power_of_2(group))
 
 
 def decode(
-    q_NQH: Array,
-    k_pages: Array,
-    v_pages: Array,
-    rows: Rows,
-    shares: Shares,
-    *,
-    sinks_Q,
-    k_scale_K,
-    v_scale_K,
-    scale,
-    window,
-    softcap,
-    interpret,
-) -> tuple[Array, Array]:
+    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, shares: Shares, blocks: Decode, *,
+    sinks_Q, k_scale_K, v_scale_K, scale, window, softcap, interpret,
+) -> tuple[Array, Array]:  # fmt: skip
     """The parts of every decode row, for `combine`: o [parts, group, H] and base-2 log-sum-exp [parts, group], float32.
 
     A row's sinks are in the part that holds its first block.
@@ -80,14 +45,12 @@ def decode(
     q_NQH, extras = _prepared(q_NQH, k_pages, sinks_Q, k_scale_K, v_scale_K)
     group = q_NQH.shape[1] // kv_heads
     parts = rows.length_M.shape[0] * kv_heads + shares.row_W.shape[0]
-    options = dict(
-        group=group, kv_block=kv_block(head_dim, k_pages.dtype), scale=scale, window=window, softcap=softcap, interpret=interpret
-    )
+    options = dict(group=group, kv_block=blocks.kv_block, scale=scale, window=window, softcap=softcap, interpret=interpret)
     return pl.pallas_call(
         partial(_decode_kernel, names=tuple(extras), **options),
         grid=shares.row_W.shape,
         out_shape=(jax.ShapeDtypeStruct((parts, group, head_dim), jnp.float32), jax.ShapeDtypeStruct((parts, group), jnp.float32)),
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=5),  # page numbers are loads too: below 5, one K buffer is in flight
+        compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
         name="paged_decode",
     )(
@@ -103,7 +66,7 @@ def _decode_kernel(
     (o_ref, lse_ref), extras, worker = refs[len(names) :], dict(zip(names, refs, strict=False)), pl.program_id(0)
     end = plt.load(bound_ref.at[worker + 1])
     kv_heads, page_size, head_dim = k_ref.shape[1:]
-    line, feature = jnp.arange(max(16, pl.next_power_of_2(group))), jnp.arange(_features(head_dim))
+    line, feature = jnp.arange(max(16, pl.next_power_of_2(group))), jnp.arange(features(head_dim))
     live_RH = (line < group)[:, None] & (feature < head_dim)[None, :]
 
     def segment(state):
@@ -145,22 +108,21 @@ def _decode_kernel(
 
 
 def prefill(
-    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *,
+    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, blocks: Prefill, *,
     lse, sinks_Q, k_scale_K, v_scale_K, scale, window, softcap, interpret,
 ) -> tuple[Array, ...]:  # fmt: skip
     """Attention of the chunk lanes: (o [N, Q, H],), with `lse` also the log-sum-exp [N, Q] float32.
 
     The decode lanes, and chunk lanes that no row owns, are zeros, and -inf.
     """
-    kv_heads, _, head_dim = k_pages.shape[1:]
+    kv_heads = k_pages.shape[1]
     empty = (jnp.zeros_like(q_NQH), jnp.full(q_NQH.shape[:2], -jnp.inf, jnp.float32))[: 1 + lse]
     q_NQH, extras = _prepared(q_NQH, k_pages, sinks_Q, k_scale_K, v_scale_K)
-    lines, block, num_warps, num_stages = tiling(head_dim, k_pages.dtype)
     options = dict(
-        lines=lines,
+        lines=blocks.lines,
         group=q_NQH.shape[1] // kv_heads,
         first_lane=rows.length_M.shape[0],
-        kv_block=block,
+        kv_block=blocks.kv_block,
         scale=scale,
         window=window,
         softcap=softcap,
@@ -172,7 +134,7 @@ def prefill(
         grid=(kv_heads, tiles.row_I.shape[0]),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in empty],
         input_output_aliases={len(inputs) + i: i for i in range(len(empty))},
-        compiler_params=plt.CompilerParams(num_warps=num_warps, num_stages=num_stages),
+        compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
         name="paged_prefill",
     )(*inputs, *empty)
@@ -195,7 +157,7 @@ def _prefill_tile(refs, kv_head, place, *, lines, group, first_lane, kv_block, s
     (q_ref, k_ref, v_ref, table_ref, extras, out_refs), (row, begin, size, position) = refs, place
     page_size, head_dim = k_ref.shape[2:]
     padded = pl.next_power_of_2(group)
-    line, feature, slot = jnp.arange(max(lines, padded)), jnp.arange(_features(head_dim)), jnp.arange(kv_block)
+    line, feature, slot = jnp.arange(max(lines, padded)), jnp.arange(features(head_dim)), jnp.arange(kv_block)
     token_R, member_R = lax.div(line, jnp.int32(padded)), lax.rem(line, jnp.int32(padded))
     real_H = (feature < head_dim)[None, :]
     live_RH = ((token_R < size) & (member_R < group))[:, None] & real_H
@@ -274,11 +236,6 @@ def _units(extras, kv_head, scale):
     k_unit = scale * plt.load(extras["k_scale"].at[kv_head]) if "k_scale" in extras else scale
     v_unit = plt.load(extras["v_scale"].at[kv_head]) if "v_scale" in extras else None
     return k_unit, v_unit
-
-
-def _features(head_dim: int) -> int:
-    """head_dim padded to what a Triton dot takes."""
-    return max(16, pl.next_power_of_2(head_dim))
 
 
 def _nothing(lines: int, features: int):

@@ -88,19 +88,24 @@ SMALL = {
     "mixed_window_many_blocks": Case(Heads(2, 1, 8), (300, 290), (0, 140), page_size=64, window=100),
 }
 
+# What the kernel bench times. Rows of 4096 tokens and the like are FlashAttention-3's published shapes, the others are the engine's.
 DECODE = {
+    "8b_1x8192": Case(LLAMA_8B, (8192,)),
+    "8b_16x4096": Case(LLAMA_8B, (4096,) * 16),
     "8b_64x4096": Case(LLAMA_8B, (4096,) * 64),
     "8b_256x1024": Case(LLAMA_8B, (1024,) * 256),
-    "8b_8x640": Case(LLAMA_8B, (640,) * 8),
-    "0.5b_8x640": Case(QWEN_05B, (640,) * 8),
+    "8b_64x4096_fp8": Case(LLAMA_8B, (4096,) * 64, pages=FP8),
+    "8b_64x640": Case(LLAMA_8B, (640,) * 64),
+    "3b_256x1024": Case(QWEN_3B, (1024,) * 256),
+    "0.5b_256x1024": Case(QWEN_05B, (1024,) * 256),
     "0.5b_64x640": Case(QWEN_05B, (640,) * 64),
-    "0.5b_256x640": Case(QWEN_05B, (640,) * 256),
-    "3b_64x640": Case(QWEN_3B, (640,) * 64),
-    "3b_256x640": Case(QWEN_3B, (640,) * 256),
+    # Lengths from 1 to 32k, and a uniform batch of as many bytes.
+    "8b_mixed_lengths": Case(LLAMA_8B, tuple(round(32768 ** (row / 63)) for row in range(64))),
+    "8b_equal_lengths": Case(LLAMA_8B, (sum(round(32768 ** (row / 63)) for row in range(64)) // 64,) * 64),
 }
 
 PREFILL = {
     f"{model}_{tokens}": Case(heads, (tokens,), (tokens,))
     for model, heads in (("8b", LLAMA_8B), ("0.5b", QWEN_05B))
     for tokens in (2048, 8192)
-}
+} | {"8b_ragged_16x512": Case(LLAMA_8B, tuple(512 + 1024 * row for row in range(16)), (512,) * 16)}  # cached prefixes of 0 to 15k

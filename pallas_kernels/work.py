@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from pallas_kernels.blocks import Decode, Prefill
+
 INT_MAX = jnp.iinfo(jnp.int32).max
 
 
@@ -84,7 +86,10 @@ class Tiles:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Work:
-    """What `plan_work` found out, and for which call: `paged_attention` refuses another shape, window or implementation."""
+    """What `plan_work` found out, and for which call: `paged_attention` refuses another shape, window or implementation.
+
+    blocks: the portable kernels' block sizes, which shares and tiles were cut for.
+    """
 
     lanes: Lanes | None
     shares: Shares | None
@@ -98,6 +103,7 @@ class Work:
     window: int | None = static()
     chunk: int = static()
     interpret: bool = static()
+    blocks: tuple[Decode, Prefill] = static()
 
 
 def lanes(rows: Rows, chunk: int) -> Lanes:

@@ -29,8 +29,10 @@ def test_portable_interpreted(name):
 
 
 @pytest.mark.parametrize("name", ["decode", "decode_group_3_window"])
-def test_sm90_interpreted(name):
+def test_sm90_interpreted(name, capfd):
+    """The interpreter also watches barriers, and says on stdout where two threads meet."""
     check(SMALL[name], "sm90", interpret=True)
+    assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 def reaches(implementation: str, case: Case) -> bool:

@@ -1,0 +1,330 @@
+"""Times the attention kernels on the GPU at hand: `python -m bench.kernels [--only decode|prefill|write|sweep] [--tune] [--plot FILE]`.
+
+Each kernel runs many times inside one jit, which is one CUDA graph, over several sets of pages in turn, so that the second-level cache does
+not answer; a time is the difference between two repetition counts, so that what a call costs cancels; a row is the median of several
+differences. The bound is bytes over the device's measured read rate, or operations over its measured matrix rate (`bench.workloads`).
+`--tune` tries block sizes for the portable kernels and writes the fastest into the package's `tuning/` folder. Every row goes through
+`bench.record` as soon as its group is done.
+
+N tokens, M rows, Q query heads, K kv heads, H features a head.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import plots, record
+from bench.workloads import MACHINES
+from pallas_kernels import Rows, blocks, capability_of, implementation_for, paged_attention, plan_work, write_kv
+from pallas_kernels.shapes import DECODE, FP8, LLAMA_8B, PREFILL, QWEN_05B, Case, Heads
+
+L2_TIMES = 4  # pages of all sets together, in multiples of 64 MB: more than any device's second-level cache holds
+MEMORY = 60e9  # bytes of pages that the largest case may take
+# FlashAttention-3 as vLLM 0.24 ships it, on an H200: 32/8 heads of 128, bfloat16, page 16.
+FA3 = {"NVIDIA H200": {"8b_1x8192": 1.98, "8b_16x4096": 3.69, "8b_64x4096": 4.22, "8b_256x1024": 3.81, "8b_2048": 472.0, "8b_8192": 698.0}}
+
+
+# ---------------------------------------------------------------------- arrays
+
+
+def draw(case: Case) -> tuple[list[tuple], Rows]:
+    """Several sets of (q, k_pages, v_pages) and the rows. Pages of a row are scattered, as in an engine that has served for a while."""
+    heads, size = case.heads, case.page_size
+    needed = [-(-length // size) for length in case.lengths]
+    pages = sum(needed) + 1
+    each = 2 * pages * heads.kv_heads * size * heads.head_dim * jnp.dtype(case.page_dtype).itemsize
+    sets = int(max(2, min(16, -(-L2_TIMES * 64e6 // each)))) if each < MEMORY / 2 else 1
+    order = np.random.default_rng(0).permutation(pages - 1) + 1
+    table, taken = np.zeros((len(needed), max(needed)), np.int32), 0
+    for row, count in enumerate(needed):
+        table[row, :count] = order[taken : taken + count]
+        taken += count
+    chunk_lens = case.chunk_lens or (0,) * len(needed)
+    rows = Rows(*(jnp.asarray(x, jnp.int32) for x in (table, case.lengths, np.cumsum((0, *chunk_lens[:-1])), chunk_lens)))
+    shape = (pages, heads.kv_heads, size, heads.head_dim)
+    return [_arrays(case, shape, len(needed), key) for key in jax.random.split(jax.random.key(0), sets)], rows
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _arrays(case: Case, shape: tuple[int, ...], rows: int, key: jax.Array):
+    keys = jax.random.split(key, 3)
+    q = jax.random.normal(keys[0], (rows + case.chunk, case.heads.heads, case.heads.head_dim), case.dtype)
+    return q, *(jax.random.normal(k, shape, jnp.bfloat16).astype(case.page_dtype) for k in keys[1:])
+
+
+# ---------------------------------------------------------------------- time
+
+
+def seconds(chain: Callable[[int], Callable], *args, sets: int, repeats: int) -> float:
+    """Seconds of one link of a chain: `chain(n)` is a function of `args` that does it n times, one after another, in one CUDA graph."""
+    few, many = jax.jit(chain(sets)), jax.jit(chain(4 * sets))
+
+    def once(run: Callable) -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(run(*args))
+        return time.perf_counter() - start
+
+    for run in (few, many, few, many):  # compiled, and its graph recorded
+        once(run)
+    return statistics.median((once(many) - once(few)) / (3 * sets) for _ in range(repeats))
+
+
+def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
+    """Seconds of one `paged_attention`, combine included; the plan, which a step makes once for all its layers, is not."""
+    sets, rows = draw(case)
+    heads = case.heads
+    shape: dict[str, Any] = dict(page_size=case.page_size, kv_heads=heads.kv_heads, group=heads.group, head_dim=heads.head_dim)
+    plan = partial(plan_work, **shape, dtype=case.page_dtype, window=case.window, chunk=case.chunk, implementation=implementation)
+    attend = jax.jit(partial(paged_attention, scale=heads.head_dim**-0.5, window=case.window, softcap=case.softcap))
+
+    def chain(count: int) -> Callable:
+        def run(sets, rows, work):
+            out = sets[0][0]
+            for i in range(count):
+                out = attend(*sets[i % len(sets)], _after(rows, out), work)
+            return out
+
+        return run
+
+    links = max(4, len(sets))
+    took = seconds(chain, sets, rows, jax.jit(plan)(rows), sets=links, repeats=repeats)
+    return took - seconds(_holding, rows, sets=links, repeats=repeats)
+
+
+def _after(rows: Rows, out: jax.Array) -> Rows:
+    """The rows, but not before `out` is there: kernels that do not depend on each other may run at the same time in a CUDA graph."""
+    return replace(rows, table_MP=rows.table_MP + (out.ravel()[0].astype(jnp.float32) * 0).astype(jnp.int32))
+
+
+def _holding(count: int) -> Callable:
+    """A chain of what `_after` costs."""
+
+    def run(rows):
+        for _ in range(count):
+            rows = jax.lax.optimization_barrier(_after(rows, rows.table_MP))
+        return rows
+
+    return run
+
+
+def write_seconds(rows: int, heads: Heads, page_size: int, repeats: int) -> float:
+    """Seconds of one `write_kv` of a decode step's tokens into one layer's pages, in place."""
+    pages = jnp.zeros((rows * 8, heads.kv_heads, page_size, heads.head_dim), jnp.bfloat16)
+    new = jnp.ones((rows, heads.kv_heads, heads.head_dim), jnp.bfloat16)
+    random = np.random.default_rng(0)
+    slots = [jnp.asarray(random.permutation(rows * 8)[:rows] * page_size + place, jnp.int32) for place in range(8)]
+
+    def chain(count: int) -> Callable:
+        def run(k_pages, v_pages, new, slots):
+            for i in range(count):
+                k_pages, v_pages = write_kv(k_pages, v_pages, new, new, slots[i % len(slots)])
+            return k_pages[0, 0, 0, 0], v_pages[0, 0, 0, 0]
+
+        return run
+
+    return seconds(chain, pages, pages + 1, new, slots, sets=16, repeats=repeats)
+
+
+# ---------------------------------------------------------------------- work
+
+
+def read_bytes(case: Case) -> int:
+    """Bytes of K and V that the decode rows must read, windows apart."""
+    heads = case.heads
+    tokens = sum(min(length, case.window or length) for length in case.lengths)
+    return 2 * tokens * heads.kv_heads * heads.head_dim * jnp.dtype(case.page_dtype).itemsize
+
+
+def operations(case: Case) -> int:
+    """Multiplications and additions that a causal prefill needs: two products over the pairs of tokens that see each other."""
+    pairs = sum(chunk * (length - chunk) + chunk * (chunk + 1) // 2 for length, chunk in zip(case.lengths, case.chunk_lens, strict=True))
+    return 4 * pairs * case.heads.heads * case.heads.head_dim
+
+
+def sweep() -> Iterator[tuple[str, Case]]:
+    """Decode over batch, context, page, head size and dtype; a case whose pages would not fit is left out."""
+    for batch, context in itertools.product((1, 8, 64, 512), (512, 4096, 32768, 131072)):
+        for page_size, heads, dtype in (
+            (64, LLAMA_8B, None), (16, LLAMA_8B, None), (64, LLAMA_8B, FP8), (64, QWEN_05B, None), (64, Heads(8, 4, 256), None),
+        ):  # fmt: skip
+            case = Case(heads, (context,) * batch, page_size=page_size, pages=dtype)
+            if read_bytes(case) < MEMORY:
+                yield f"{batch}x{context}", case
+
+
+# ---------------------------------------------------------------------- rows
+
+
+class Bench:
+    """What is timed where. Rows go to the result file, and to stdout for whoever waits."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, jax.devices()[0]
+        self.machine = MACHINES.get(self.device.device_kind)
+        self.rows: list[record.Row] = []
+
+    def implementations(self, case: Case) -> list[str]:
+        """The one that would be chosen, or all that were asked for."""
+        heads = case.heads
+        shape: dict[str, Any] = dict(head_dim=heads.head_dim, dtype=case.page_dtype, page_size=case.page_size, group=heads.group)
+        return self.args.implementation or [implementation_for(capability_of(self.device), **shape)]
+
+    def attention(self, name: str, case: Case) -> None:
+        decode = not case.chunk
+        for implementation in self.implementations(case):
+            try:
+                took = attention_seconds(case, implementation, self.args.repeats)
+            except NotImplementedError as error:
+                print(f"{name}: {error}", flush=True)
+                continue
+            done = (read_bytes(case) if decode else operations(case)) / took / 1e12
+            limit = self.machine and (self.machine.read if decode else self.machine.ops) / 1e12
+            heads = case.heads
+            row = {
+                "name": "kernel_decode_TBps" if decode else "kernel_prefill_TFs",
+                "value": round(done, 3),
+                "unit": "TB/s" if decode else "TFLOP/s",
+                "case": name,
+                "implementation": implementation,
+                "batch": len(case.lengths),
+                "context": round(statistics.mean(case.lengths)),
+                "tokens": case.chunk or len(case.lengths),
+                "page": case.page_size,
+                **asdict(heads),
+                "dtype": case.page_dtype,
+                "MB": round((read_bytes(case) if decode else 0) / 1e6, 1),
+            }
+            self.keep(row, took, limit, FA3.get(self.device.device_kind, {}).get(name) if case.page_dtype == "bfloat16" else None)
+
+    def write(self, rows: int, heads: Heads) -> None:
+        took = write_seconds(rows, heads, 64, self.args.repeats)
+        bytes_moved = 2 * 2 * 2 * rows * heads.kv_heads * heads.head_dim  # K and V, read and written
+        row = {
+            "name": "kernel_write_kv_us",
+            "value": round(took * 1e6, 2),
+            "unit": "us",
+            "batch": rows,
+            "page": 64,
+            **asdict(heads),
+            "dtype": "bfloat16",
+        }
+        self.keep(row, took, self.machine and bytes_moved / self.machine.read * 1e6, None)
+
+    def keep(self, row: record.Row, took: float, limit: float | None, anchor: float | None) -> None:
+        row |= {key: round(value, 3) for key, value in (("limit", limit), ("anchor", anchor)) if value is not None}
+        share = "" if limit is None or row["unit"] == "us" else f"  {100 * row['value'] / limit:5.1f}% of {limit:.4g}"
+        kind = f"{row.get('implementation', '')} {row['heads']}/{row['kv_heads']}x{row['head_dim']} page {row['page']} {row['dtype']}"
+        value = f"{row['value']:9.3f} {row['unit']:8} {took * 1e6:9.2f} us{share}"
+        print(f"{row['name']:20} {row.get('case', row['batch']):>16} {kind:50} {value}", flush=True)
+        self.rows.append(row)
+
+    def save(self) -> None:
+        if self.rows:
+            command = record.command("python -m bench.kernels", sys.argv[1:], self.args.results, self.args.plot)
+            print(record.save("kernels", self.device.device_kind, command, self.rows, self.args.results))
+
+
+# ---------------------------------------------------------------------- tuning
+
+
+DECODES = [blocks.Decode(*sizes) for sizes in itertools.product((32, 64, 128), (4, 8), (3, 5), (2, 3, 4))]
+PREFILLS = [blocks.Prefill(*sizes) for sizes in itertools.product((64, 128), (32, 64), (4, 8), (2, 4))]
+
+
+def tune(device_kind: str, repeats: int, cases: dict[str, Case], folder: Path) -> Path:
+    """Times every candidate on every case and merges the fastest into the device's file."""
+    path = folder / blocks.file_name(device_kind)
+    kept = json.loads(path.read_text())["rows"] if path.exists() else []
+    for name, case in cases.items():
+        op, candidates = ("prefill", PREFILLS) if case.chunk else ("decode", DECODES)
+        times = {candidate: _tried(op, candidate, case, repeats) for candidate in candidates}
+        best = min(times, key=lambda candidate: times[candidate])
+        if times[best] == float("inf"):
+            continue
+        shape = {
+            "op": op, "head_dim": case.heads.head_dim, "group": case.heads.group, "page_size": case.page_size, "dtype": case.page_dtype,
+            "rows": case.chunk or len(case.lengths), "length": -(-max(case.lengths) // case.page_size) * case.page_size,
+        }  # fmt: skip
+        kept = [row for row in kept if any(row[key] != value for key, value in shape.items())]
+        kept.append(shape | asdict(best) | {"us": round(times[best] * 1e6, 2)})
+        print(f"{name:14} {best} {times[best] * 1e6:.1f} us", flush=True)
+    kept.sort(key=lambda row: [str(value) for value in row.values()])
+    lines = ",\n".join("    " + json.dumps(row) for row in kept)
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n  "device": {json.dumps(device_kind)},\n  "rows": [\n{lines}\n  ]\n}}\n')
+    return path
+
+
+def _tried(op: str, candidate: Any, case: Case, repeats: int) -> float:
+    """Seconds of a case with these block sizes; infinite if they cannot be compiled, as when the shared memory is too small."""
+    chosen = blocks.blocks
+
+    def choose(asked: str, kind: str, shape: blocks.Shape):
+        return candidate if asked == op else chosen(asked, kind, shape)
+
+    with mock.patch("pallas_kernels.attention.blocks", choose):
+        try:
+            return attention_seconds(case, "portable", repeats)
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
+            return float("inf")
+
+
+# ---------------------------------------------------------------------- command
+
+GROUPS = ("decode", "prefill", "write", "sweep")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(prog="python -m bench.kernels", description="Times the attention kernels on the GPU at hand.")
+    p.add_argument("--only", choices=GROUPS, action="append", help="a group to run; all of them without it")
+    p.add_argument("--implementation", choices=("portable", "sm90"), action="append", help="all of these, not the one that would be chosen")
+    p.add_argument("--repeats", type=int, default=7, help="differences that a median is taken of")
+    p.add_argument("--tune", action="store_true", help="find block sizes for the portable kernels, and write them into the package")
+    p.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result file")
+    p.add_argument("--plot", type=Path, help="a PNG to draw; needs the extra `bench`")
+    return p
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        raise SystemExit(f"bench.kernels times GPU kernels, and JAX sees no GPU here but {device.device_kind!r}")
+    if args.tune:
+        tuning = Path(blocks.__file__).parent / "tuning"
+        print(tune(device.device_kind, args.repeats, DECODE | PREFILL, tuning))
+        return
+    bench, only = Bench(args), args.only or GROUPS
+    cases = {"decode": DECODE, "prefill": PREFILL, "sweep": dict(_named(sweep()))}
+    for group in only:
+        if group == "write":
+            for rows, heads in itertools.product((64, 256), (LLAMA_8B, QWEN_05B)):
+                bench.write(rows, heads)
+        else:
+            for name, case in cases[group].items():
+                bench.attention(name.split("#")[0], case)
+        bench.save()
+    if args.plot:
+        plots.kernels(bench.rows, args.plot, f"Attention on {device.device_kind}")
+
+
+def _named(cases: Iterator[tuple[str, Case]]) -> Iterator[tuple[str, Case]]:
+    """Names of their own for cases that share one."""
+    return ((f"{name}#{i}", replace(case)) for i, (name, case) in enumerate(cases))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Block sizes of the portable kernels: what was measured on this kind of device, else a default.
+
+`tuning/<device kind>.json` holds measurements, written by `python -m bench.kernels --tune` on the device itself: one row a shape, with the
+sizes that were fastest there. A shape that was not measured takes the nearest one of the same head_dim and dtype; a device or dtype that
+was not measured takes the default, which was chosen on an H200 so that nothing spills registers and an L4's shared memory suffices.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, fields
+from functools import cache
+from importlib.resources import files
+
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A decode program: tokens in its KV block, what Triton makes of it, and how many of it run on a multiprocessor at a time."""
+
+    kv_block: int
+    num_warps: int = 4
+    num_stages: int = 5  # page numbers are loads too: below 5, one K buffer is in flight
+    workers_per_core: int = 3
+
+
+@dataclass(frozen=True)
+class Prefill:
+    """A prefill program: query tokens * heads of a group in its tile, tokens in its KV block, and what Triton makes of it."""
+
+    lines: int
+    kv_block: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What block sizes are chosen by. rows: decode lanes, or chunk lanes of a prefill. length: tokens that a row's pages hold at most."""
+
+    head_dim: int
+    group: int
+    page_size: int
+    dtype: str
+    rows: int
+    length: int
+
+    def apart(self, row: dict) -> float:
+        """How far a measured shape is from this one, in doublings."""
+        return sum(abs(math.log2(max(getattr(self, name), 1) / row[name])) for name in ("group", "page_size", "rows", "length"))
+
+
+KINDS = {"decode": Decode, "prefill": Prefill}
+
+
+def features(head_dim: int) -> int:
+    """head_dim padded to what a Triton dot takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def blocks(op: str, device_kind: str, shape: Shape) -> Decode | Prefill:
+    """The block sizes for "decode" or "prefill" of this shape on this kind of device, as JAX names it."""
+    rows = [
+        r
+        for r in measured(device_kind)
+        if (r["op"], r["dtype"]) == (op, shape.dtype) and features(r["head_dim"]) == features(shape.head_dim)
+    ]
+    if not rows:
+        return default_decode(shape.head_dim, shape.dtype) if op == "decode" else default_prefill(shape.head_dim, shape.dtype)
+    nearest = min(rows, key=shape.apart)
+    return KINDS[op](**{field.name: nearest[field.name] for field in fields(KINDS[op])})
+
+
+def default_decode(head_dim: int, dtype) -> Decode:
+    """A KV block of at most 16 kB, so that four fit in the shared memory of the smallest card (99 kB)."""
+    return Decode(max(16, min(64, 16384 // (features(head_dim) * jnp.dtype(dtype).itemsize))))
+
+
+def default_prefill(head_dim: int, dtype) -> Prefill:
+    """For 16-bit pages and heads of 64 and 128, of ten tried on an H200 the best over 2048 and 8192 tokens together."""
+    width, size = features(head_dim), jnp.dtype(dtype).itemsize
+    if size == 4:
+        return Prefill(32, 16, 8, 2) if width > 128 else Prefill(64, 32, 8, 2)
+    if size == 2 and width in (64, 128):
+        return {64: Prefill(128, 64, 8, 5), 128: Prefill(64, 32, 4, 4)}[width]
+    return Prefill(128, 64, 8, 3) if width <= 128 else Prefill(64, 32, 8, 3)
+
+
+def file_name(device_kind: str) -> str:
+    """The file of a device's measurements: NVIDIA H200 -> nvidia-h200.json."""
+    return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-") + ".json"
+
+
+@cache
+def measured(device_kind: str) -> list[dict]:
+    """The rows of a device's file; none if nobody measured it."""
+    path = files("pallas_kernels") / "tuning" / file_name(device_kind)
+    return json.loads(path.read_text())["rows"] if path.is_file() else []

@@ -1,0 +1,168 @@
+"""Compiles for a GPU that is not there, as a program: one process an architecture, because Mosaic's passes are set up once.
+
+    JAX_PLATFORMS=cpu python tests/aot_compile.py h200 JOB...
+
+It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:decode"),
+a whole decode step with an implementation and a dtype of pages ("step:portable:float8_e4m3fn"), and two planted mistakes: "kept:portable",
+a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`: what Mosaic's
+assembler says of registers and spills; XLA's is told to fail if there are any.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from attention_oracle import attend, draw
+from flax import nnx
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from bench.workloads import SHAPES
+from converters.checkpoint import read_config, tensor_shapes
+from jaxllm.batch import packed_size
+from jaxllm.cache import cache_shapes
+from jaxllm.decoder import Decoder
+from jaxllm.plan import Bucket, Plan
+from jaxllm.step import Ports, model_step
+from pallas_kernels import blocks
+from pallas_kernels.shapes import CORRECT
+
+TARGETS = Path(__file__).parent / "targets"
+Shape = jax.ShapeDtypeStruct
+
+
+class Target:
+    """A described device: what is traced under `compile` is compiled for it."""
+
+    def __init__(self, name: str):
+        text = (TARGETS / f"{name}.txtpb").read_text()
+        self.kind = re.search(r'name: "(.+)"', text)[1]  # pyright: ignore[reportOptionalSubscript]
+        described = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
+        self.mesh = topologies.make_mesh(topo=described, mesh_shape=(1,), axis_names=("tp",))
+
+    def compile(self, f: Callable, *args: Any, **jit: Any):
+        """The executable of `f` for `args`, and the text of its thunks: what is launched, with its shared memory."""
+        here = NamedSharding(self.mesh, PartitionSpec())
+        shaped = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=here), args)
+        device = AbstractDevice(device_kind=self.kind, num_cores=None, platform="gpu")  # what Pallas-Triton asks for as it lowers
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), tempfile.TemporaryDirectory() as folder:
+            options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder}
+            compiled = jax.jit(f, compiler_options=options, **jit).trace(*shaped).lower().compile()
+            (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
+            return compiled, thunks.read_text()
+
+
+def case(target: Target, name: str, implementation: str) -> dict[str, Any]:
+    """One call of the op."""
+    inputs = jax.eval_shape(partial(draw_abstract, name))
+    run = partial(attend, case=CORRECT[name], implementation=implementation, lse=CORRECT[name].sinks)
+    _, thunks = target.compile(run, inputs)
+    return {"thunks": thunks}
+
+
+def draw_abstract(name: str):
+    return jax.tree.map(jnp.asarray, draw(CORRECT[name]))
+
+
+class AbstractWeights:
+    """A source of tensors that have shapes and no values."""
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], mesh: Mesh):
+        self.shapes, self.mesh = shapes, mesh
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.shapes[name]
+
+    def __call__(self, name: str, shape: tuple[int, ...], axes) -> Any:
+        return Shape(shape, jnp.bfloat16)
+
+    def fused(self, names, shapes, axes) -> Any:
+        return Shape((sum(shape[0] for shape in shapes), *shapes[0][1:]), jnp.bfloat16)
+
+
+def step(target: Target, implementation: str, kv_dtype: str | None = None, donate: bool = True) -> dict[str, Any]:
+    """A whole decode step, as the engine runs it: two layers of Qwen2.5-0.5B's shape, 64 rows."""
+    model = read_config(SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": 2, "vocab_size": 1024})
+    here = Mesh(np.array(jax.devices()[:1]), ("tp",))
+    weights: Any = AbstractWeights(tensor_shapes(model), here)
+    decoder = Decoder(weights, model)
+    graph, state = nnx.split(decoder)
+    leaves, tree = jax.tree.flatten(state)
+    bucket = Bucket(0, 64)
+    plan = Plan("bfloat16", 1024, 64, 512, 64, (bucket,), Bucket(256, 1, True), False, 20, 1, kv_dtype=kv_dtype)
+    cache = cache_shapes(plan, model, here)
+    ints = partial(Shape, dtype=jnp.int32)
+
+    def run(leaves, cache, last_S, table_SP, inbox, ports):
+        decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
+        return model_step(decoder, plan, target.mesh, implementation, bucket, cache, last_S, table_SP, inbox)
+
+    ports = Ports.shapes(bucket.rows, model.vocab_size)
+    args = tuple(leaves), cache, ints((65,)), ints((65, plan.max_pages)), ints((packed_size(bucket),)), ports
+    compiled, thunks = target.compile(run, *args, donate_argnums=(1, 2, 3, 5) if donate else (), keep_unused=True)
+    memory: Any = compiled.memory_analysis()
+    pages = cache[0][0]
+    makers = re.findall(rf"= \w+\[{','.join(map(str, pages.shape))}\]\S* ([\w-]+)\(", str(compiled.as_text()))
+    page_bytes = int(np.prod(pages.shape)) * pages.dtype.itemsize
+    return {
+        "thunks": thunks,
+        "temp": memory.temp_size_in_bytes,
+        "pages": page_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "cache": 2 * len(cache) * page_bytes,
+        "makers": sorted(set(makers)),
+    }
+
+
+def spill(target: Target) -> dict[str, Any]:
+    """A tile of far too many lines for its one warp."""
+    with patch.object(blocks, "default_prefill", lambda head_dim, dtype: blocks.Prefill(128, 64, 1, 2)):
+        return case(target, "mixed", "portable")
+
+
+def job(target: Target, name: str) -> dict[str, Any]:
+    kind, _, rest = name.partition(":")
+    try:
+        if kind == "spill":
+            return spill(target)
+        if kind == "kept":
+            return step(target, rest, donate=False)
+        if kind == "step":
+            implementation, _, kv_dtype = rest.partition(":")
+            return step(target, implementation, kv_dtype or None)
+        return case(target, rest, kind)
+    except Exception as error:  # whatever the compiler says is the result
+        return {"error": f"{type(error).__name__}: {error}"}
+
+
+def main(name: str, *jobs: str) -> None:
+    target = Target(name)
+    sys.stdout.flush()
+    kept = os.dup(1)
+    with tempfile.TemporaryFile() as said:  # Mosaic's assembler writes to the process's own stdout
+        os.dup2(said.fileno(), 1)
+        found = {}
+        for each in jobs:
+            before = said.tell()
+            found[each] = job(target, each)
+            said.seek(before)
+            found[each]["ptxas"] = re.findall(r"^.*(?:spill|Used \d+ registers).*$", said.read().decode(errors="replace"), re.M)
+        os.dup2(kept, 1)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

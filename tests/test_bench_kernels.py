@@ -1,0 +1,107 @@
+"""The kernel bench's arithmetic, its tuning table and its picture; the kernels themselves are timed on a GPU only."""
+
+import itertools
+import json
+
+import pytest
+
+from bench import kernels, plots
+from pallas_kernels import blocks
+from pallas_kernels.shapes import DECODE, FP8, PREFILL, QWEN_05B, Case
+
+
+def test_decode_reads_its_keys_and_values_once():
+    assert kernels.read_bytes(DECODE["8b_64x4096"]) == 64 * 4096 * 2 * 8 * 128 * 2
+    assert kernels.read_bytes(DECODE["8b_64x4096_fp8"]) == 64 * 4096 * 2 * 8 * 128
+    assert kernels.read_bytes(Case(QWEN_05B, (10, 300), window=100, pages=FP8)) == 110 * 2 * 2 * 64
+
+
+def test_mixed_lengths_have_a_uniform_batch_of_as_many_bytes():
+    mixed, equal = DECODE["8b_mixed_lengths"], DECODE["8b_equal_lengths"]
+    assert (min(mixed.lengths), max(mixed.lengths)) == (1, 32768)
+    assert kernels.read_bytes(equal) == pytest.approx(kernels.read_bytes(mixed), rel=1e-3)
+
+
+def test_prefill_counts_the_pairs_that_see_each_other():
+    case = Case(QWEN_05B, (9, 30), (9, 4))
+    pairs = sum(1 for i, j in itertools.product(range(9), repeat=2) if j <= i) + sum(26 + i + 1 for i in range(4))
+    assert kernels.operations(case) == 2 * 2 * pairs * 14 * 64
+    assert len(PREFILL["8b_ragged_16x512"].lengths) == 16 and PREFILL["8b_ragged_16x512"].chunk == 8192
+
+
+def test_the_sweep_covers_what_it_promises():
+    cases = [case for _, case in kernels.sweep()]
+    assert {case.page_size for case in cases} == {16, 64}
+    assert {case.heads.head_dim for case in cases} == {64, 128, 256}
+    assert {case.page_dtype for case in cases} == {"bfloat16", FP8}
+    assert {max(case.lengths) for case in cases} == {512, 4096, 32768, 131072}
+    assert all(kernels.read_bytes(case) < kernels.MEMORY for case in cases)
+
+
+def test_a_machine_without_a_gpu_is_refused():
+    with pytest.raises(SystemExit, match="JAX sees no GPU here but 'cpu'"):
+        kernels.main([])
+
+
+@pytest.fixture
+def table(tmp_path, monkeypatch):
+    """An empty package folder of tuning files."""
+    blocks.measured.cache_clear()
+    monkeypatch.setattr(blocks, "files", lambda package: tmp_path)
+    yield tmp_path / "tuning"
+    blocks.measured.cache_clear()
+
+
+def test_tuning_writes_what_plans_then_read(table, monkeypatch):
+    """Two shapes with different winners; a plan takes the nearest of its own head_dim and dtype, and leaves others alone."""
+    wins = {64: blocks.Decode(32, 8, 3, 2), 1024: blocks.Decode(128, 4, 5, 4)}
+    monkeypatch.setattr(kernels, "_tried", lambda op, sizes, case, repeats: 1.0 if sizes == wins[len(case.lengths)] else 2.0)
+    cases = {str(batch): Case(QWEN_05B, (640,) * batch) for batch in wins}
+    for _ in range(2):  # the second time replaces the first one's rows
+        path = kernels.tune("Some GPU", 1, cases, table)
+    assert path.name == "some-gpu.json" and len(json.loads(path.read_text())["rows"]) == 2
+
+    def chosen(rows, head_dim=64, dtype="bfloat16", kind="Some GPU"):
+        return blocks.blocks("decode", kind, blocks.Shape(head_dim, 7, 64, dtype, rows, 1024))
+
+    assert chosen(8) == chosen(200) == wins[64]
+    assert chosen(600) == wins[1024]
+    assert chosen(8, head_dim=128) == blocks.default_decode(128, "bfloat16")
+    assert chosen(8, dtype=FP8) == blocks.default_decode(64, FP8)
+    assert chosen(8, kind="Another GPU") == blocks.default_decode(64, "bfloat16") != wins[64]
+
+
+def test_sizes_that_cannot_be_compiled_lose(monkeypatch):
+    def attention_seconds(case, implementation, repeats):
+        raise ValueError("shared memory size limit exceeded")
+
+    monkeypatch.setattr(kernels, "attention_seconds", attention_seconds)
+    assert kernels._tried("decode", kernels.DECODES[0], DECODE["8b_1x8192"], 1) == float("inf")
+
+
+def test_the_committed_tables_are_whole():
+    """Every row has the fields of its kind, and names a device."""
+    for path in (blocks.files("pallas_kernels") / "tuning").iterdir():
+        if path.name.endswith(".json"):
+            found = json.loads(path.read_text())
+            assert blocks.file_name(found["device"]) == path.name
+            for row in found["rows"]:
+                assert isinstance(
+                    blocks.blocks(
+                        row["op"],
+                        found["device"],
+                        blocks.Shape(*(row[k] for k in ("head_dim", "group", "page_size", "dtype", "rows", "length"))),
+                    ),
+                    blocks.KINDS[row["op"]],
+                )
+
+
+def test_the_picture_is_drawn(tmp_path):
+    common = {"heads": 32, "kv_heads": 8, "head_dim": 128, "page": 64, "dtype": "bfloat16", "implementation": "portable"}
+    rows = [
+        common | {"name": "kernel_decode_TBps", "value": 4.0, "unit": "TB/s", "MB": 1000.0, "limit": 4.36, "anchor": 4.2},
+        common | {"name": "kernel_decode_TBps", "value": 2.0, "unit": "TB/s", "MB": 30.0, "limit": 4.36},
+        common | {"name": "kernel_prefill_TFs", "value": 500.0, "unit": "TFLOP/s", "tokens": 2048},
+    ]
+    plots.kernels(rows, tmp_path / "kernels.png", "Attention")
+    assert (tmp_path / "kernels.png").read_bytes().startswith(b"\x89PNG")
