@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import attention_portable, attention_reference, attention_sm90
+from pallas_kernels import attention_portable, attention_reference, attention_sm90, attention_sm90_prefill
 from pallas_kernels.attention_combine import combine
 from pallas_kernels.blocks import Decode, Prefill, Shape, blocks
-from pallas_kernels.work import Rows, Shares, Work, lanes, shares, tiles
+from pallas_kernels.work import Rows, Shares, Tiles, Work, lanes, shares, tiles
 
 CORES = 132  # of an H200: what is planned for where no GPU says its own number, as in ahead-of-time compilation
 INTERPRETED_WORKERS = 5  # few, because an interpreter runs them one after another; odd, so that shares cut rows
@@ -37,7 +37,7 @@ class Reach:
 # rows of 4096 tokens with 32/8 heads of 128, 40 against 34 us for 256 rows of 640 with 14/2 heads of 64, combine included.
 IMPLEMENTATIONS = {
     "portable": Reach((8, 0), head_dims=tuple(range(8, 257, 8)), dtypes=("bfloat16", "float16", "float32", "float8_e4m3fn")),
-    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 65)), ("sinks",)),
+    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 65)), ("sinks", "lse")),
     "reference": Reach(),
 }
 
@@ -131,7 +131,7 @@ def plan_work(
     return Work(
         lanes=None if kernel else lanes(rows, chunk),
         shares=_shares(rows, implementation, kv_heads, head_dim, decode, window, interpret) if kernel else None,
-        tiles=tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group, prefill)) if kernel and chunk else None,
+        tiles=_tiles(rows, implementation, group, prefill, chunk) if kernel and chunk else None,
         implementation=implementation,
         page_size=page_size,
         kv_heads=kv_heads,
@@ -146,12 +146,27 @@ def plan_work(
 
 
 def _shares(rows: Rows, implementation: str, kv_heads: int, head_dim: int, decode: Decode, window: int | None, interpret: bool) -> Shares:
-    if implementation == "sm90":
+    if _decodes_by_mosaic(implementation, head_dim):
         kv_block, per_core = attention_sm90.KV_BLOCK, attention_sm90.WORKERS_PER_CORE[head_dim]
     else:
         kv_block, per_core = decode.kv_block, decode.workers_per_core
-    workers = INTERPRETED_WORKERS if interpret else per_core * getattr(jax.devices()[0], "core_count", CORES)
+    workers = INTERPRETED_WORKERS if interpret else per_core * _cores()
     return shares(rows, kv_heads=kv_heads, kv_block=kv_block, window=window, workers=workers)
+
+
+def _tiles(rows: Rows, implementation: str, group: int, prefill: Prefill, chunk: int) -> Tiles:
+    if implementation == "sm90":
+        return tiles(rows, chunk=chunk, tile=attention_sm90_prefill.tile_tokens(group), gaps=True)
+    return tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group, prefill))
+
+
+def _decodes_by_mosaic(implementation: str, head_dim: int) -> bool:
+    """Whether decode lanes go through `attention_sm90`: only where that was measured to be the faster."""
+    return implementation == "sm90" and head_dim in attention_sm90.FASTER_HEAD_DIMS
+
+
+def _cores() -> int:
+    return getattr(jax.devices()[0], "core_count", CORES)
 
 
 @overload
@@ -205,11 +220,14 @@ def paged_attention(
 def _kernels(q_NQH, k_pages, v_pages, rows, work, lse, options, extras) -> tuple[Array, ...]:
     """The decode lanes through the decode kernel, the chunk lanes through the prefill kernel, both into one array."""
     options["interpret"] = work.interpret
-    chunk = None
-    if work.tiles is not None:
+    chunk, mosaic = None, _decodes_by_mosaic(work.implementation, work.head_dim)
+    if work.tiles is not None and work.implementation == "sm90":
+        workers = INTERPRETED_WORKERS if work.interpret else _cores()
+        chunk = (attention_sm90_prefill.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, workers=workers, **options),)
+    elif work.tiles is not None:
         chunk = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, work.blocks[1], lse=lse, **options, **extras)
-    packed = work.implementation == "sm90" and attention_sm90.packs(work.group)
-    if work.implementation == "sm90":
+    packed = mosaic and attention_sm90.packs(work.group)
+    if mosaic:
         o_SGH, lse_SG = attention_sm90.decode(q_NQH, k_pages, v_pages, rows, work.shares, **options)
     else:
         o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], **options, **extras)

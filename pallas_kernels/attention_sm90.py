@@ -22,6 +22,7 @@ from pallas_kernels.attention_combine import LOW
 from pallas_kernels.work import Rows, Shares
 
 LINES = 64
+FASTER_HEAD_DIMS = (64,)  # than the portable decode, on an H200: 53 against 60 us for 256 rows of 1024 with 14/2 heads; of 128, 273 against 262 us
 KV_BLOCK = 64
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA

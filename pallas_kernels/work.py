@@ -74,13 +74,15 @@ class Shares:
 class Tiles:
     """The prefill work list: tile i holds the chunk tokens [begin, begin + size) of the chunk lanes, all of one row.
 
-    position_I: the position of a tile's first token. size_I: its tokens, 0 for the unused tiles, which come last. The longest come first.
+    position_I: the position of a tile's first token; -1 where no row owns the lanes. size_I: its tokens, 0 for the unused tiles, which
+    come last. The longest contexts come first. count_1: how many tiles are used.
     """
 
     row_I: Array
     begin_I: Array
     size_I: Array
     position_I: Array
+    count_1: Array
 
 
 @jax.tree_util.register_dataclass
@@ -144,23 +146,39 @@ def shares(rows: Rows, *, kv_heads: int, kv_block: int, window: int | None, work
     )
 
 
-def tiles(rows: Rows, *, chunk: int, tile: int) -> Tiles:
-    """Cut each row's chunk into tiles of `tile` tokens: at most ceil(chunk / tile) + M of them, the longest contexts first."""
-    count_M = -(-rows.chunk_len_M // tile)
-    start_M1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_M).astype(jnp.int32)])
-    index_I = jnp.arange(min(-(-chunk // tile) + rows.length_M.shape[0], chunk), dtype=jnp.int32)
-    row_I = jnp.minimum(_entry(start_M1, index_I), rows.length_M.shape[0] - 1)
-    offset_I = (index_I - start_M1[row_I]) * tile
-    length_I, chunk_len_I = rows.length_M[row_I], rows.chunk_len_M[row_I]
-    size_I = jnp.where(index_I < start_M1[-1], jnp.minimum(chunk_len_I - offset_I, tile), 0)
-    position_I = length_I - chunk_len_I + offset_I
+def tiles(rows: Rows, *, chunk: int, tile: int, gaps: bool = False) -> Tiles:
+    """Cut each row's chunk into tiles of `tile` tokens, the longest contexts first; with gaps, the lanes that no row owns as well."""
+    begin_U, size_U, position_U, row_U = _runs(rows, chunk, gaps)
+    count_U = -(-size_U // tile)
+    start_U1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_U).astype(jnp.int32)])
+    index_I = jnp.arange(min(-(-chunk // tile) + size_U.shape[0], chunk), dtype=jnp.int32)
+    run_I = jnp.minimum(_entry(start_U1, index_I), size_U.shape[0] - 1)
+    offset_I = (index_I - start_U1[run_I]) * tile
+    size_I = jnp.where(index_I < start_U1[-1], jnp.minimum(size_U[run_I] - offset_I, tile), 0)
+    position_I = jnp.where(position_U[run_I] < 0, -1, position_U[run_I] + offset_I)
     order_I = jnp.argsort(jnp.where(size_I > 0, -position_I, INT_MAX))
     return Tiles(
-        row_I=row_I[order_I],
-        begin_I=(rows.chunk_start_M[row_I] + offset_I)[order_I],
+        row_I=row_U[run_I][order_I],
+        begin_I=(begin_U[run_I] + offset_I)[order_I],
         size_I=size_I[order_I],
         position_I=position_I[order_I],
+        count_1=start_U1[-1:],
     )
+
+
+def _runs(rows: Rows, chunk: int, gaps: bool) -> tuple[Array, Array, Array, Array]:
+    """Begin, size, first position and row of the runs of chunk lanes that a row owns; then, with gaps, of the M + 1 runs between them."""
+    begin_M, size_M = rows.chunk_start_M, rows.chunk_len_M
+    row_M = jnp.arange(size_M.shape[0], dtype=jnp.int32)
+    owned = begin_M, size_M, rows.length_M - size_M, row_M
+    if not gaps:
+        return owned
+    order_M = jnp.argsort(jnp.where(size_M > 0, begin_M, chunk))
+    begin_M, size_M = jnp.where(size_M > 0, begin_M, chunk)[order_M], size_M[order_M]
+    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), begin_M + size_M])
+    sizes = jnp.concatenate([begin_M, jnp.full(1, chunk, jnp.int32)]) - ends
+    between = ends, sizes, jnp.full_like(ends, -1), jnp.zeros_like(ends)
+    return tuple(jnp.concatenate(pair) for pair in zip(owned, between, strict=True))
 
 
 def _entry(start_M1: Array, index: Array) -> Array:
