@@ -27,6 +27,8 @@ LINES = 64  # of a warpgroup: wgmma's M
 ATTENDING = 2  # warpgroups
 KV_BLOCK = 128
 STAGES = 2
+TAKE_TURNS = True
+V_LATE = False
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
@@ -56,6 +58,11 @@ class _Options:
     def tokens(self) -> int:
         """Chunk tokens of a warpgroup."""
         return LINES // self.group
+
+    @property
+    def by_rows(self):
+        """How a warpgroup holds its lines to copy them between plain and swizzled memory without bank conflicts."""
+        return plgpu.Layout.SMEM_GMEM_COPY((LINES, self.head_dim), jnp.bfloat16, 128)
 
     @property
     def unit(self) -> float:
@@ -119,9 +126,9 @@ def _kernel(options: _Options, q, k, v, table, length, row, begin, size, positio
     @pl.when(warpgroup < ATTENDING)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.my_turn.at[0]))
+        if TAKE_TURNS: pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.my_turn.at[0]))
         _items(options, refs, partial(_attend_item, options, refs, warpgroup))
-        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.my_turn.at[0]))
+        if TAKE_TURNS: pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.my_turn.at[0]))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == ATTENDING)
@@ -192,21 +199,19 @@ def _fetch_item(options: _Options, refs, item, turn, fetched):
         _fetch_queries(options, refs, item)
 
     last_page = lax.div(refs.length[item.row] - 1, jnp.int32(options.page_size))
-    rings = ((refs.k, refs.k_s, refs.k_here, refs.k_free), (refs.v, refs.v_s, refs.v_here, refs.v_free))
 
-    def fetch(i, _):
+    def fetch(i, pages, ring, here, free):
         stage = lax.rem(turn + i, jnp.int32(STAGES))
-        for pages, ring, here, free in rings:
+        pl.when(turn + i >= STAGES)(lambda: plgpu.barrier_wait(free.at[stage]))
+        for source, target in _copies(options, refs, pages, ring.at[stage], item, item.high - 1 - i, last_page):
+            plgpu.copy_gmem_to_smem(source, target, here.at[stage])
 
-            @pl.when(turn + i >= STAGES)
-            def _(free=free):
-                plgpu.barrier_wait(free.at[stage])
-
-            for source, target in _copies(options, refs, pages, ring.at[stage], item, item.high - 1 - i, last_page):
-                plgpu.copy_gmem_to_smem(source, target, here.at[stage])
+    def fetch_both(i, _):  # K a block ahead, as it is needed
+        pl.when(i < item.blocks)(lambda: fetch(i, refs.k, refs.k_s, refs.k_here, refs.k_free))
+        pl.when(i > 0)(lambda: fetch(i - 1, refs.v, refs.v_s, refs.v_here, refs.v_free))
         return ()
 
-    lax.fori_loop(0, item.blocks, fetch, ())
+    lax.fori_loop(0, jnp.where(item.blocks > 0, item.blocks + 1, 0), fetch_both, ())
 
 
 def _await_queries_taken(refs):
@@ -260,17 +265,18 @@ def _attend_item(options: _Options, refs, warpgroup, item, turn, fetched):
     @pl.when(item.blocks > 0)
     def _():
         plgpu.barrier_wait(refs.q_here.at[warpgroup])
-        mine.q_s[...] = plgpu.load(refs.q_plain.at[warpgroup], layout=LAYOUT, optimized=False)
+        mine.q_s[...] = plgpu.load(refs.q_plain.at[warpgroup], layout=options.by_rows)
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.q_free.at[warpgroup])
-        o_RH = _attend_blocks(options, refs, mine, item)
+        mine.q_s[...] = _attend_blocks(options, refs, mine, item).astype(o_plain.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's copies still read o_plain
-        o_plain[...] = o_RH.astype(o_plain.dtype)
+        plgpu.commit_smem()
+        o_plain[...] = plgpu.load(mine.q_s, layout=options.by_rows)
 
     @pl.when(item.blocks == 0)
     def _():
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        o_plain[...] = plgpu.layout_cast(jnp.zeros(o_plain.shape, o_plain.dtype), LAYOUT)
+        o_plain[...] = plgpu.layout_cast(jnp.zeros(o_plain.shape, o_plain.dtype), options.by_rows)
 
     plgpu.commit_smem()
     heads, first = options.kv_heads * options.group, warpgroup * options.tokens
@@ -306,6 +312,7 @@ def _attend_blocks(options: _Options, refs, mine, item):
     o_RH, _, sum_R, p_RS = state
 
     stage = lax.rem(mine.turn + item.blocks - 1, jnp.int32(STAGES))
+    pl.when(item.blocks > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[stage]))
     if options.interpret:
         mine.p_s[...] = p_RS
         plgpu.commit_smem()
@@ -326,17 +333,18 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
 
         def scores(s_acc):
             plgpu.barrier_wait(refs.k_here.at[stage])
-            plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
+            if not V_LATE: pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
+            if TAKE_TURNS: plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
             plgpu.wgmma(s_acc, mine.q_s, refs.k_s.at[stage].transpose((1, 0)))
+            if V_LATE: pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
             plgpu.wgmma(o_acc, p_RS, refs.v_s.at[last])
-            plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
+            if TAKE_TURNS: plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
 
         s_RS = pl.run_scoped(scores, plgpu.ACC((LINES, KV_BLOCK), jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[stage])
         block = item.high - 1 - i if edge else None
         peak[...], total[...], keep[...], p[...] = _softmax(options, mine, item, s_RS, peak[...], total[...], block)
-        plgpu.barrier_wait(refs.v_here.at[stage])
 
     new_RS = plgpu.layout_cast(jnp.zeros(p_RS.shape, jnp.float32), LAYOUT)
     o_RH, peak_R, sum_R, keep_R, new_RS = pl.run_state(ask)((plgpu.ACC.init(o_RH), peak_R, sum_R, sum_R, new_RS))
@@ -351,6 +359,7 @@ def _attend_interpreted(options: _Options, refs, mine, item, i, state, *, edge):
     o_RH, peak_R, sum_R, p_RS = state
     stage, last = lax.rem(mine.turn + i, jnp.int32(STAGES)), lax.rem(mine.turn + i - 1, jnp.int32(STAGES))
     plgpu.barrier_wait(refs.k_here.at[stage])
+    pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
     plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
     mine.p_s[...] = p_RS
     plgpu.commit_smem()
@@ -360,7 +369,6 @@ def _attend_interpreted(options: _Options, refs, mine, item, i, state, *, edge):
     plgpu.barrier_arrive(refs.k_free.at[stage])
     plgpu.barrier_arrive(refs.v_free.at[last])
     peak_R, sum_R, keep_R, new_RS = _softmax(options, mine, item, s_RS, peak_R, sum_R, item.high - 1 - i if edge else None)
-    plgpu.barrier_wait(refs.v_here.at[stage])
     return o_RH * lax.broadcast_in_dim(keep_R, o_RH.shape, [0]), peak_R, sum_R, new_RS.astype(p_RS.dtype)
 
 
