@@ -112,13 +112,13 @@ def prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(
-        q_NQH.reshape(count * heads, head_dim), k_pages, v_pages, rows.table_MP, rows.length_M,
-        tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, tiles.count_1,
+        q_NQH.reshape(count * heads, head_dim), k_pages, v_pages, rows.table_MP,
+        tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, tiles.length_I, tiles.count_1,
     )  # fmt: skip
     return out.reshape(q_NQH.shape)
 
 
-def _kernel(options: _Options, q, k, v, table, length, row, begin, size, position, count, o, **scratch):
+def _kernel(options: _Options, q, k, v, table, row, begin, size, position, length, count, o, **scratch):
     lists = dict(table=table, length=length, row=row, begin=begin, size=size, position=position, count=count)
     refs = SimpleNamespace(q=q, k=k, v=v, o=o, **lists, **scratch)
     warpgroup = lax.axis_index("warpgroup")
@@ -151,24 +151,30 @@ def _items(options: _Options, refs, attend):
         return lap * options.workers + jnp.where(lax.rem(lap, jnp.int32(2)) == 0, worker, options.workers - 1 - worker)
 
     def step(state):
-        lap, turn, fetched = state
-        item = _item(options, refs, index(lap))
+        lap, turn, fetched, numbers = state
+        following = _numbers(options, refs, index(lap + 1))  # on its way while this tile is worked on
+        item = _item(options, index(lap), numbers)
 
         @pl.when(index(lap) < total)
         def _():
             attend(item, turn, fetched)
 
         blocks = jnp.where(index(lap) < total, item.blocks, 0)
-        return lap + 1, turn + blocks, fetched + jnp.where(blocks > 0, 1, 0)
+        return lap + 1, turn + blocks, fetched + jnp.where(blocks > 0, 1, 0), following
 
     zero = jnp.int32(0)
-    return lax.while_loop(lambda state: state[0] * options.workers < total, step, (zero, zero, zero))[1:]
+    start = (zero, zero, zero, _numbers(options, refs, index(zero)))
+    return lax.while_loop(lambda state: state[0] * options.workers < total, step, start)[1:3]
 
 
-def _item(options: _Options, refs, index):
-    """Everything about one (tile, kv head): blocks are counted from the newest, `blocks` in all, the `masked`, `whole` and rest of them."""
+def _numbers(options: _Options, refs, index):
     tile = jnp.minimum(lax.div(index, jnp.int32(options.kv_heads)), refs.row.shape[0] - 1)
-    size, position = refs.size[tile], refs.position[tile]
+    return tuple(ref[tile] for ref in (refs.row, refs.begin, refs.size, refs.position, refs.length))
+
+
+def _item(options: _Options, index, numbers):
+    """Everything about one (tile, kv head): blocks are counted from the newest, `blocks` in all, the `masked`, `whole` and rest of them."""
+    row, begin, size, position, length = numbers
     end, block = position + size, jnp.int32(KV_BLOCK)
     high = lax.div(end + block - 1, block)
     low = inner = jnp.int32(0)
@@ -179,10 +185,11 @@ def _item(options: _Options, refs, index):
     masked = 1 + jnp.maximum(high - 1 - outer, 0)
     return SimpleNamespace(
         head=lax.rem(index, jnp.int32(options.kv_heads)),
-        row=refs.row[tile],
-        lane=options.first_lane + refs.begin[tile],
+        row=row,
+        lane=options.first_lane + begin,
         size=size,
         position=position,
+        length=length,
         high=high,
         blocks=jnp.where(position < 0, 0, high - low),
         masked=masked,
@@ -198,7 +205,7 @@ def _fetch_item(options: _Options, refs, item, turn, fetched):
         pl.when(fetched > 0)(lambda: _await_queries_taken(refs))
         _fetch_queries(options, refs, item)
 
-    last_page = lax.div(refs.length[item.row] - 1, jnp.int32(options.page_size))
+    last_page = lax.div(item.length - 1, jnp.int32(options.page_size))
 
     def fetch(i, pages, ring, here, free):
         stage = lax.rem(turn + i, jnp.int32(STAGES))
@@ -222,16 +229,12 @@ def _await_queries_taken(refs):
 def _fetch_queries(options: _Options, refs, item):
     """A copy a token: its group's heads lie together. Past the tile's end its last token comes again, and nobody looks."""
     heads = options.kv_heads * options.group
-
-    def fetch(token, _):
-        for warpgroup in range(ATTENDING):
+    for warpgroup in range(ATTENDING):
+        for token in range(options.tokens):
             lane = item.lane + jnp.minimum(warpgroup * options.tokens + token, item.size - 1)
             source = refs.q.at[pl.ds(lane * heads + item.head * options.group, options.group)]
             target = refs.q_plain.at[warpgroup, pl.ds(token * options.group, options.group)]
             plgpu.copy_gmem_to_smem(source, target, refs.q_here.at[warpgroup])
-        return ()
-
-    lax.fori_loop(0, options.tokens, fetch, ())
 
 
 def _copies(options: _Options, refs, pages, tile, item, block, last_page):
@@ -280,14 +283,10 @@ def _attend_item(options: _Options, refs, warpgroup, item, turn, fetched):
 
     plgpu.commit_smem()
     heads, first = options.kv_heads * options.group, warpgroup * options.tokens
-
-    def put(token, _):
+    for token in range(options.tokens):
         source = o_plain.at[pl.ds(token * options.group, options.group)]
-        line = (item.lane + first + token) * heads + item.head * options.group
-        plgpu.copy_smem_to_gmem(source, refs.o.at[pl.ds(line, options.group)])
-        return ()
-
-    lax.fori_loop(0, jnp.minimum(item.size - first, options.tokens), put, ())
+        target = refs.o.at[pl.ds((item.lane + first + token) * heads + item.head * options.group, options.group)]
+        pl.when(first + token < item.size)(partial(plgpu.copy_smem_to_gmem, source, target))
 
 
 def _attend_blocks(options: _Options, refs, mine, item):
@@ -400,7 +399,7 @@ def _softmax(options: _Options, mine, item, s_RS, peak_R, sum_R, edge):
 
 def _clean_tail(refs, mine, item, stage):
     """Zero the first block's V past the row's end, half a warpgroup each: a slot nobody wrote may hold NaN, and 0 * NaN is NaN."""
-    length, half, position = refs.length[item.row], KV_BLOCK // ATTENDING, (item.high - 1) * KV_BLOCK
+    length, half, position = item.length, KV_BLOCK // ATTENDING, (item.high - 1) * KV_BLOCK
 
     @pl.when(position + KV_BLOCK > length)
     def _():
