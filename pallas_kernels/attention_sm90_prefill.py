@@ -125,7 +125,7 @@ def _kernel(options: _Options, q, k, v, table, row, begin, size, position, lengt
 
     @pl.when(warpgroup < ATTENDING)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         if TAKE_TURNS: pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.my_turn.at[0]))
         _items(options, refs, partial(_attend_item, options, refs, warpgroup))
         if TAKE_TURNS: pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.my_turn.at[0]))
@@ -133,7 +133,7 @@ def _kernel(options: _Options, q, k, v, table, row, begin, size, position, lengt
 
     @pl.when(warpgroup == ATTENDING)
     def _():
-        plgpu.set_max_registers(40, action="decrease")
+        plgpu.set_max_registers(24, action="decrease")
         turns, fetched = _items(options, refs, partial(_fetch_item, options, refs))
         pl.when(fetched > 0)(lambda: _await_queries_taken(refs))
         lax.fori_loop(jnp.maximum(turns - STAGES, 0), turns, partial(_drain, refs), ())
@@ -300,6 +300,7 @@ def _attend_blocks(options: _Options, refs, mine, item):
     peak_R, sum_R, _, p_RS = _softmax(options, mine, item, s_RS, peak_R, sum_R, item.high - 1)
     plgpu.barrier_wait(refs.v_here.at[stage])
     _clean_tail(refs, mine, item, stage)
+    _await_k(refs, mine, item, 1)
 
     o_RH = plgpu.layout_cast(jnp.zeros((LINES, options.head_dim), jnp.float32), LAYOUT)
     state = (o_RH, peak_R, sum_R, p_RS.astype(refs.k.dtype))
@@ -322,6 +323,12 @@ def _attend_blocks(options: _Options, refs, mine, item):
     return o_RH * lax.broadcast_in_dim(1 / jnp.maximum(sum_R, 1e-30), o_RH.shape, [0])
 
 
+def _await_k(refs, mine, item, i):
+    """Wait for block i, if there is one."""
+    stage = lax.rem(mine.turn + i, jnp.int32(STAGES))
+    pl.when(i < item.blocks)(lambda: plgpu.barrier_wait(refs.k_here.at[stage]))
+
+
 def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
     """One turn: the scores of block i (from the newest) and the output of block i - 1, asked for together."""
     o_RH, peak_R, sum_R, p_RS = state
@@ -331,7 +338,6 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
         o_acc, peak, total, keep, p = held
 
         def scores(s_acc):
-            plgpu.barrier_wait(refs.k_here.at[stage])
             if not V_LATE: pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
             if TAKE_TURNS: plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
             plgpu.wgmma(s_acc, mine.q_s, refs.k_s.at[stage].transpose((1, 0)))
@@ -343,7 +349,9 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
         s_RS = pl.run_scoped(scores, plgpu.ACC((LINES, KV_BLOCK), jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[stage])
         block = item.high - 1 - i if edge else None
-        peak[...], total[...], keep[...], p[...] = _softmax(options, mine, item, s_RS, peak[...], total[...], block)
+        found = _softmax(options, mine, item, s_RS, peak[...], total[...], block)
+        peak[...], total[...], keep[...], p[...] = lax.optimization_barrier(found)
+        _await_k(refs, mine, item, i + 1)  # here, as ptxas moves no arithmetic across it: else it all waits for the second product
 
     new_RS = plgpu.layout_cast(jnp.zeros(p_RS.shape, jnp.float32), LAYOUT)
     o_RH, peak_R, sum_R, keep_R, new_RS = pl.run_state(ask)((plgpu.ACC.init(o_RH), peak_R, sum_R, sum_R, new_RS))
@@ -357,7 +365,6 @@ def _attend_interpreted(options: _Options, refs, mine, item, i, state, *, edge):
     """`_attend_block` for the interpreter, which knows no accumulator with a beginning and no operand in registers."""
     o_RH, peak_R, sum_R, p_RS = state
     stage, last = lax.rem(mine.turn + i, jnp.int32(STAGES)), lax.rem(mine.turn + i - 1, jnp.int32(STAGES))
-    plgpu.barrier_wait(refs.k_here.at[stage])
     pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
     plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
     mine.p_s[...] = p_RS
@@ -368,6 +375,7 @@ def _attend_interpreted(options: _Options, refs, mine, item, i, state, *, edge):
     plgpu.barrier_arrive(refs.k_free.at[stage])
     plgpu.barrier_arrive(refs.v_free.at[last])
     peak_R, sum_R, keep_R, new_RS = _softmax(options, mine, item, s_RS, peak_R, sum_R, item.high - 1 - i if edge else None)
+    _await_k(refs, mine, item, i + 1)
     return o_RH * lax.broadcast_in_dim(keep_R, o_RH.shape, [0]), peak_R, sum_R, new_RS.astype(p_RS.dtype)
 
 
