@@ -50,7 +50,7 @@ def decode(
     lines, stages, workers = group_lines(group), STAGES[head_dim], shares.row_W.shape[0]
     parts = rows.length_M.shape[0] * kv_heads + workers
     copies = max(1, KV_BLOCK // page_size)
-    options = _Options(page_size, kv_heads, group, lines, stages, scale, window, softcap)
+    options = _Options(page_size, kv_heads, group, lines, stages, scale, window, softcap, interpret)
     return plgpu.kernel(
         partial(_kernel, options),
         out_type=(jax.ShapeDtypeStruct((parts, lines, head_dim), jnp.float32), jax.ShapeDtypeStruct((parts, lines), jnp.float32)),
@@ -58,7 +58,7 @@ def decode(
             q_s=plgpu.SMEM((LINES, head_dim), dtype, transforms=TILED),
             k_s=plgpu.SMEM((stages, KV_BLOCK, head_dim), dtype, transforms=TILED),
             v_s=plgpu.SMEM((stages, KV_BLOCK, head_dim), dtype, transforms=TILED),
-            p_s=plgpu.SMEM((LINES, KV_BLOCK), dtype, transforms=TILED),
+            **(dict(p_s=plgpu.SMEM((LINES, KV_BLOCK), dtype, transforms=TILED)) if interpret else {}),
             o_s=plgpu.SMEM((LINES, head_dim), jnp.float32),
             lse_s=plgpu.SMEM((LINES,), jnp.float32),
             q_here=plgpu.Barrier(),
@@ -91,6 +91,7 @@ class _Options:
     scale: float
     window: int | None
     softcap: float | None
+    interpret: bool
 
 
 def _lines(q_NQH: Array, group: int, rows: int) -> Array:
@@ -233,8 +234,10 @@ def _attend_block(options, refs, length, first_block, first_turn, i, state):
     p_RS = jnp.exp2(s_RS - lax.broadcast_in_dim(new_R, s_RS.shape, [0]))
     sum_R = sum_R * keep_R + p_RS.sum(axis=1)
     o_RH = o_RH * lax.broadcast_in_dim(keep_R, o_RH.shape, [0])
-    refs.p_s[...] = p_RS.astype(refs.p_s.dtype)
-    plgpu.commit_smem()
+    p_RS = p_RS.astype(refs.q_s.dtype)
+    if options.interpret:  # which knows no operand in registers
+        refs.p_s[...] = p_RS
+        plgpu.commit_smem()
 
     plgpu.barrier_wait(refs.v_here.at[stage])
 
@@ -246,7 +249,7 @@ def _attend_block(options, refs, length, first_block, first_turn, i, state):
         refs.v_s[stage] = jnp.where(seen_SH, v_SH, jnp.zeros_like(v_SH))
         plgpu.commit_smem()
 
-    o_RH = o_RH + _product(refs.p_s, refs.v_s.at[stage], o_RH.shape)
+    o_RH = o_RH + _product(refs.p_s if options.interpret else p_RS, refs.v_s.at[stage], o_RH.shape)
     plgpu.barrier_arrive(refs.v_free.at[stage])
     return new_R, sum_R, o_RH
 
