@@ -22,7 +22,7 @@ from pallas_kernels.attention_combine import LOW
 from pallas_kernels.work import Rows, Shares
 
 LINES = 64
-FASTER_HEAD_DIMS = (64,)  # than the portable decode, on an H200: 53 against 60 us for 256 rows of 1024 with 14/2 heads; of 128, 273 against 262 us
+FASTER_HEAD_DIMS = (64,)  # than the portable decode, on an H200: 53 against 60 us for 256 rows of 1024; with 128, 273 against 262 us
 KV_BLOCK = 64
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
@@ -219,19 +219,18 @@ def _attend_block(options, refs, length, first_block, first_turn, i, state):
     plgpu.barrier_wait(refs.k_here.at[stage])
     s_RS = _product(refs.q_s, refs.k_s.at[stage].transpose((1, 0)), (LINES, KV_BLOCK))
     plgpu.barrier_arrive(refs.k_free.at[stage])
-    if options.softcap is None:
-        s_RS = s_RS * (options.scale * LOG2E)
-    else:
-        s_RS = jnp.tanh(s_RS * (options.scale / options.softcap)) * (options.softcap * LOG2E)
+    unit = LOG2E * (options.scale if options.softcap is None else options.softcap)
+    if options.softcap is not None:
+        s_RS = jnp.tanh(s_RS * (options.scale / options.softcap))
     position_RS = position + plgpu.broadcasted_iota(jnp.int32, (LINES, KV_BLOCK), 1, layout=LAYOUT)
     seen_RS = position_RS < length
     if options.window is not None:
         seen_RS &= position_RS >= oldest
-    s_RS = jnp.where(seen_RS, s_RS, LOW)
+    s_RS = jnp.where(seen_RS, s_RS, -jnp.inf)  # a finite number times `unit`, rounded or not, may be far above itself
 
-    new_R = jnp.maximum(peak_R, s_RS.max(axis=1))
+    new_R = jnp.maximum(peak_R, s_RS.max(axis=1) * unit)
     keep_R = jnp.exp2(peak_R - new_R)
-    p_RS = jnp.exp2(s_RS - lax.broadcast_in_dim(new_R, s_RS.shape, [0]))
+    p_RS = jnp.exp2(s_RS * unit - lax.broadcast_in_dim(new_R, s_RS.shape, [0]))
     sum_R = sum_R * keep_R + p_RS.sum(axis=1)
     o_RH = o_RH * lax.broadcast_in_dim(keep_R, o_RH.shape, [0])
     p_RS = p_RS.astype(refs.q_s.dtype)
@@ -249,7 +248,10 @@ def _attend_block(options, refs, length, first_block, first_turn, i, state):
         refs.v_s[stage] = jnp.where(seen_SH, v_SH, jnp.zeros_like(v_SH))
         plgpu.commit_smem()
 
-    o_RH = o_RH + _product(refs.p_s if options.interpret else p_RS, refs.v_s.at[stage], o_RH.shape)
+    if options.interpret:  # nor an accumulator that does not begin at zero
+        o_RH = o_RH + _product(refs.p_s, refs.v_s.at[stage], o_RH.shape)
+    else:
+        o_RH = pl.run_state(lambda out: plgpu.wgmma(out, p_RS, refs.v_s.at[stage]))(plgpu.ACC.init(o_RH))
     plgpu.barrier_arrive(refs.v_free.at[stage])
     return new_R, sum_R, o_RH
 
