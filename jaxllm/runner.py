@@ -9,6 +9,7 @@ inbox. XLA then launches the step's CUDA graph as it is, where one new address m
 """
 
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ log = logging.getLogger("jaxllm")
 ADMITTED = 16  # sequences whose row state one dispatch brings to the device
 # XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing.
 _OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+# Prompts' large products are cuBLAS's; trying Triton's for each of them was half of the compile time and gained nothing (8B MIX, H200).
+_LARGE = {"xla_gpu_enable_triton_gemm": False}
 _COMPILER_STACK = 64 * 2**20  # XLA's recursion over a deep model overflows a thread's usual 8 MiB
 
 
@@ -116,7 +119,7 @@ class Runner:
         jobs = self._jobs()
         before = stack_size(_COMPILER_STACK)
         try:
-            with ThreadPoolExecutor(max_workers=8) as pool:
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
                 for job, compiled in zip(jobs, pool.map(_Job.compile, jobs), strict=True):
                     job.home[job.key] = compiled
                     progress(job.name)
@@ -135,17 +138,18 @@ class Runner:
         out = jax.tree.map(lambda a: a.sharding, cache)
         steps = sorted({*self.plan.buckets, self.plan.scored}, reverse=True)  # the slowest to compile first
 
-        def job(name, home, key, f, args, donate, out: Any = self._everywhere):
+        def job(name, home, key, f, args, donate, out: Any = self._everywhere, options: dict[str, Any] | None = None):
             abstract = jax.tree.map(
                 lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or self._everywhere), args
             )
-            jobs.append(_Job(name, home, key, partial(jax.jit, f, donate_argnums=donate, out_shardings=out), abstract))
+            jobs.append(_Job(name, home, key, partial(jax.jit, f, donate_argnums=donate, out_shardings=out), abstract, options or {}))
 
         precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
         for b in steps:
             ports, inbox = device.Ports.shapes(b.rows, self.model.vocab_size), f((packed_size(b),), jnp.int32)
             args = (self._params, cache, s.last_S, s.table_SP, inbox, ports)
-            job(str(b), self._steps, b, precision(partial(self._step, b)), args, (1, 2, 3, 5), (out, *[self._everywhere] * 4))
+            step = precision(partial(self._step, b))
+            job(str(b), self._steps, b, step, args, (1, 2, 3, 5), (out, *[self._everywhere] * 4), _LARGE if b.chunk else None)
             job(f"{b}'s inbox", self._loads, b, _load, (inbox, inbox), (0,))
         for m in sorted({b.rows for b in steps}):
             ports = device.Ports.shapes(m, self.model.vocab_size)
@@ -250,10 +254,11 @@ class _Job:
     key: Any
     jit: Callable
     args: tuple
+    options: dict[str, Any]
 
     def compile(self) -> Callable:
         # Donated ports are only written, so they must not be dropped as unused.
-        return self.jit(keep_unused=True, compiler_options=_OPTIONS).lower(*self.args).compile()
+        return self.jit(keep_unused=True, compiler_options=_OPTIONS | self.options).lower(*self.args).compile()
 
 
 def _load(inbox: Array, packed: Array) -> Array:

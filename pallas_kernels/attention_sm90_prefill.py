@@ -126,9 +126,11 @@ def _kernel(options: _Options, q, k, v, table, row, begin, size, position, lengt
     @pl.when(warpgroup < ATTENDING)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        if TAKE_TURNS: pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.my_turn.at[0]))
+        if TAKE_TURNS:
+            pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.my_turn.at[0]))
         _items(options, refs, partial(_attend_item, options, refs, warpgroup))
-        if TAKE_TURNS: pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.my_turn.at[0]))
+        if TAKE_TURNS:
+            pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.my_turn.at[0]))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == ATTENDING)
@@ -338,12 +340,16 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
         o_acc, peak, total, keep, p = held
 
         def scores(s_acc):
-            if not V_LATE: pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
-            if TAKE_TURNS: plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
+            if not V_LATE:
+                pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
+            if TAKE_TURNS:
+                plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
             plgpu.wgmma(s_acc, mine.q_s, refs.k_s.at[stage].transpose((1, 0)))
-            if V_LATE: pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
+            if V_LATE:
+                pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
             plgpu.wgmma(o_acc, p_RS, refs.v_s.at[last])
-            if TAKE_TURNS: plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
+            if TAKE_TURNS:
+                plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
 
         s_RS = pl.run_scoped(scores, plgpu.ACC((LINES, KV_BLOCK), jnp.float32))
