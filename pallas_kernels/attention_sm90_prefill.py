@@ -27,8 +27,6 @@ LINES = 64  # of a warpgroup: wgmma's M
 ATTENDING = 2  # warpgroups
 KV_BLOCK = 128
 STAGES = 2
-TAKE_TURNS = True
-V_LATE = False
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
@@ -112,30 +110,28 @@ def prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(
-        q_NQH.reshape(count * heads, head_dim), k_pages, v_pages, rows.table_MP,
-        tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, tiles.length_I, tiles.count_1,
+        q_NQH.reshape(count * heads, head_dim), k_pages, v_pages, rows.table_MP, rows.length_M,
+        tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, tiles.count_1,
     )  # fmt: skip
     return out.reshape(q_NQH.shape)
 
 
-def _kernel(options: _Options, q, k, v, table, row, begin, size, position, length, count, o, **scratch):
+def _kernel(options: _Options, q, k, v, table, length, row, begin, size, position, count, o, **scratch):
     lists = dict(table=table, length=length, row=row, begin=begin, size=size, position=position, count=count)
     refs = SimpleNamespace(q=q, k=k, v=v, o=o, **lists, **scratch)
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < ATTENDING)
     def _():
-        plgpu.set_max_registers(240, action="increase")
-        if TAKE_TURNS:
-            pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.my_turn.at[0]))
+        plgpu.set_max_registers(232, action="increase")
+        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.my_turn.at[0]))
         _items(options, refs, partial(_attend_item, options, refs, warpgroup))
-        if TAKE_TURNS:
-            pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.my_turn.at[0]))
+        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.my_turn.at[0]))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == ATTENDING)
     def _():
-        plgpu.set_max_registers(24, action="decrease")
+        plgpu.set_max_registers(40, action="decrease")
         turns, fetched = _items(options, refs, partial(_fetch_item, options, refs))
         pl.when(fetched > 0)(lambda: _await_queries_taken(refs))
         lax.fori_loop(jnp.maximum(turns - STAGES, 0), turns, partial(_drain, refs), ())
@@ -153,30 +149,24 @@ def _items(options: _Options, refs, attend):
         return lap * options.workers + jnp.where(lax.rem(lap, jnp.int32(2)) == 0, worker, options.workers - 1 - worker)
 
     def step(state):
-        lap, turn, fetched, numbers = state
-        following = _numbers(options, refs, index(lap + 1))  # on its way while this tile is worked on
-        item = _item(options, index(lap), numbers)
+        lap, turn, fetched = state
+        item = _item(options, refs, index(lap))
 
         @pl.when(index(lap) < total)
         def _():
             attend(item, turn, fetched)
 
         blocks = jnp.where(index(lap) < total, item.blocks, 0)
-        return lap + 1, turn + blocks, fetched + jnp.where(blocks > 0, 1, 0), following
+        return lap + 1, turn + blocks, fetched + jnp.where(blocks > 0, 1, 0)
 
     zero = jnp.int32(0)
-    start = (zero, zero, zero, _numbers(options, refs, index(zero)))
-    return lax.while_loop(lambda state: state[0] * options.workers < total, step, start)[1:3]
+    return lax.while_loop(lambda state: state[0] * options.workers < total, step, (zero, zero, zero))[1:]
 
 
-def _numbers(options: _Options, refs, index):
-    tile = jnp.minimum(lax.div(index, jnp.int32(options.kv_heads)), refs.row.shape[0] - 1)
-    return tuple(ref[tile] for ref in (refs.row, refs.begin, refs.size, refs.position, refs.length))
-
-
-def _item(options: _Options, index, numbers):
+def _item(options: _Options, refs, index):
     """Everything about one (tile, kv head): blocks are counted from the newest, `blocks` in all, the `masked`, `whole` and rest of them."""
-    row, begin, size, position, length = numbers
+    tile = jnp.minimum(lax.div(index, jnp.int32(options.kv_heads)), refs.row.shape[0] - 1)
+    size, position = refs.size[tile], refs.position[tile]
     end, block = position + size, jnp.int32(KV_BLOCK)
     high = lax.div(end + block - 1, block)
     low = inner = jnp.int32(0)
@@ -187,11 +177,10 @@ def _item(options: _Options, index, numbers):
     masked = 1 + jnp.maximum(high - 1 - outer, 0)
     return SimpleNamespace(
         head=lax.rem(index, jnp.int32(options.kv_heads)),
-        row=row,
-        lane=options.first_lane + begin,
+        row=refs.row[tile],
+        lane=options.first_lane + refs.begin[tile],
         size=size,
         position=position,
-        length=length,
         high=high,
         blocks=jnp.where(position < 0, 0, high - low),
         masked=masked,
@@ -207,7 +196,7 @@ def _fetch_item(options: _Options, refs, item, turn, fetched):
         pl.when(fetched > 0)(lambda: _await_queries_taken(refs))
         _fetch_queries(options, refs, item)
 
-    last_page = lax.div(item.length - 1, jnp.int32(options.page_size))
+    last_page = lax.div(refs.length[item.row] - 1, jnp.int32(options.page_size))
 
     def fetch(i, pages, ring, here, free):
         stage = lax.rem(turn + i, jnp.int32(STAGES))
@@ -231,12 +220,16 @@ def _await_queries_taken(refs):
 def _fetch_queries(options: _Options, refs, item):
     """A copy a token: its group's heads lie together. Past the tile's end its last token comes again, and nobody looks."""
     heads = options.kv_heads * options.group
-    for warpgroup in range(ATTENDING):
-        for token in range(options.tokens):
+
+    def fetch(token, _):
+        for warpgroup in range(ATTENDING):
             lane = item.lane + jnp.minimum(warpgroup * options.tokens + token, item.size - 1)
             source = refs.q.at[pl.ds(lane * heads + item.head * options.group, options.group)]
             target = refs.q_plain.at[warpgroup, pl.ds(token * options.group, options.group)]
             plgpu.copy_gmem_to_smem(source, target, refs.q_here.at[warpgroup])
+        return ()
+
+    lax.fori_loop(0, options.tokens, fetch, ())
 
 
 def _copies(options: _Options, refs, pages, tile, item, block, last_page):
@@ -285,10 +278,14 @@ def _attend_item(options: _Options, refs, warpgroup, item, turn, fetched):
 
     plgpu.commit_smem()
     heads, first = options.kv_heads * options.group, warpgroup * options.tokens
-    for token in range(options.tokens):
+
+    def put(token, _):
         source = o_plain.at[pl.ds(token * options.group, options.group)]
-        target = refs.o.at[pl.ds((item.lane + first + token) * heads + item.head * options.group, options.group)]
-        pl.when(first + token < item.size)(partial(plgpu.copy_smem_to_gmem, source, target))
+        line = (item.lane + first + token) * heads + item.head * options.group
+        plgpu.copy_smem_to_gmem(source, refs.o.at[pl.ds(line, options.group)])
+        return ()
+
+    lax.fori_loop(0, jnp.minimum(item.size - first, options.tokens), put, ())
 
 
 def _attend_blocks(options: _Options, refs, mine, item):
@@ -302,7 +299,6 @@ def _attend_blocks(options: _Options, refs, mine, item):
     peak_R, sum_R, _, p_RS = _softmax(options, mine, item, s_RS, peak_R, sum_R, item.high - 1)
     plgpu.barrier_wait(refs.v_here.at[stage])
     _clean_tail(refs, mine, item, stage)
-    _await_k(refs, mine, item, 1)
 
     o_RH = plgpu.layout_cast(jnp.zeros((LINES, options.head_dim), jnp.float32), LAYOUT)
     state = (o_RH, peak_R, sum_R, p_RS.astype(refs.k.dtype))
@@ -325,12 +321,6 @@ def _attend_blocks(options: _Options, refs, mine, item):
     return o_RH * lax.broadcast_in_dim(1 / jnp.maximum(sum_R, 1e-30), o_RH.shape, [0])
 
 
-def _await_k(refs, mine, item, i):
-    """Wait for block i, if there is one."""
-    stage = lax.rem(mine.turn + i, jnp.int32(STAGES))
-    pl.when(i < item.blocks)(lambda: plgpu.barrier_wait(refs.k_here.at[stage]))
-
-
 def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
     """One turn: the scores of block i (from the newest) and the output of block i - 1, asked for together."""
     o_RH, peak_R, sum_R, p_RS = state
@@ -340,24 +330,18 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
         o_acc, peak, total, keep, p = held
 
         def scores(s_acc):
-            if not V_LATE:
-                pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
-            if TAKE_TURNS:
-                plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
+            plgpu.barrier_wait(refs.k_here.at[stage])
+            pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
+            plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
             plgpu.wgmma(s_acc, mine.q_s, refs.k_s.at[stage].transpose((1, 0)))
-            if V_LATE:
-                pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
             plgpu.wgmma(o_acc, p_RS, refs.v_s.at[last])
-            if TAKE_TURNS:
-                plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
+            plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
 
         s_RS = pl.run_scoped(scores, plgpu.ACC((LINES, KV_BLOCK), jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[stage])
         block = item.high - 1 - i if edge else None
-        found = _softmax(options, mine, item, s_RS, peak[...], total[...], block)
-        peak[...], total[...], keep[...], p[...] = lax.optimization_barrier(found)
-        _await_k(refs, mine, item, i + 1)  # here, as ptxas moves no arithmetic across it: else it all waits for the second product
+        peak[...], total[...], keep[...], p[...] = _softmax(options, mine, item, s_RS, peak[...], total[...], block)
 
     new_RS = plgpu.layout_cast(jnp.zeros(p_RS.shape, jnp.float32), LAYOUT)
     o_RH, peak_R, sum_R, keep_R, new_RS = pl.run_state(ask)((plgpu.ACC.init(o_RH), peak_R, sum_R, sum_R, new_RS))
@@ -371,6 +355,7 @@ def _attend_interpreted(options: _Options, refs, mine, item, i, state, *, edge):
     """`_attend_block` for the interpreter, which knows no accumulator with a beginning and no operand in registers."""
     o_RH, peak_R, sum_R, p_RS = state
     stage, last = lax.rem(mine.turn + i, jnp.int32(STAGES)), lax.rem(mine.turn + i - 1, jnp.int32(STAGES))
+    plgpu.barrier_wait(refs.k_here.at[stage])
     pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
     plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
     mine.p_s[...] = p_RS
@@ -381,7 +366,6 @@ def _attend_interpreted(options: _Options, refs, mine, item, i, state, *, edge):
     plgpu.barrier_arrive(refs.k_free.at[stage])
     plgpu.barrier_arrive(refs.v_free.at[last])
     peak_R, sum_R, keep_R, new_RS = _softmax(options, mine, item, s_RS, peak_R, sum_R, item.high - 1 - i if edge else None)
-    _await_k(refs, mine, item, i + 1)
     return o_RH * lax.broadcast_in_dim(keep_R, o_RH.shape, [0]), peak_R, sum_R, new_RS.astype(p_RS.dtype)
 
 
@@ -413,7 +397,7 @@ def _softmax(options: _Options, mine, item, s_RS, peak_R, sum_R, edge):
 
 def _clean_tail(refs, mine, item, stage):
     """Zero the first block's V past the row's end, half a warpgroup each: a slot nobody wrote may hold NaN, and 0 * NaN is NaN."""
-    length, half, position = item.length, KV_BLOCK // ATTENDING, (item.high - 1) * KV_BLOCK
+    length, half, position = refs.length[item.row], KV_BLOCK // ATTENDING, (item.high - 1) * KV_BLOCK
 
     @pl.when(position + KV_BLOCK > length)
     def _():

@@ -75,14 +75,13 @@ class Tiles:
     """The prefill work list: tile i holds the chunk tokens [begin, begin + size) of the chunk lanes, all of one row.
 
     position_I: the position of a tile's first token; -1 where no row owns the lanes. size_I: its tokens, 0 for the unused tiles, which
-    come last. The longest contexts come first. length_I: the tokens of the tile's row. count_1: how many tiles are used.
+    come last. The longest contexts come first. count_1: how many tiles are used.
     """
 
     row_I: Array
     begin_I: Array
     size_I: Array
     position_I: Array
-    length_I: Array
     count_1: Array
 
 
@@ -163,7 +162,6 @@ def tiles(rows: Rows, *, chunk: int, tile: int, gaps: bool = False) -> Tiles:
         begin_I=(begin_U[run_I] + offset_I)[order_I],
         size_I=size_I[order_I],
         position_I=position_I[order_I],
-        length_I=rows.length_M[row_U[run_I]][order_I],
         count_1=start_U1[-1:],
     )
 

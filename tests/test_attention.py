@@ -28,16 +28,17 @@ def test_portable_interpreted(name):
     check(SMALL[name], "portable", interpret=True)
 
 
-@pytest.mark.parametrize("name", ["decode", "decode_group_3_window"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # the NaN of slots that nobody wrote, masked afterwards
+@pytest.mark.parametrize("name", ["decode", "decode_group_3_window", "prefill_sm90", "prefill_sm90_window"])
 def test_sm90_interpreted(name, capfd):
     """The interpreter also watches barriers, and says on stdout where two threads meet."""
-    check(SMALL[name], "sm90", interpret=True)
+    check(SMALL[name], "sm90", interpret=True, lse=False)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
 def reaches(implementation: str, case: Case) -> bool:
     heads, reach = case.heads, IMPLEMENTATIONS[implementation]
-    return misses(reach, heads.head_dim, case.page_dtype, case.page_size, heads.group, case.sinks, lse=True) is None
+    return misses(reach, heads.head_dim, case.page_dtype, case.page_size, heads.group, case.sinks, lse=False) is None
 
 
 @pytest.mark.gpu
@@ -49,7 +50,7 @@ def test_gpu(name, implementation):
     if implementation == "sm90" and (capability_of(jax.devices()[0]) != "9.0" or not reaches("sm90", case)):
         pytest.skip(f"sm90 needs a Hopper GPU, and cannot do {case}")
     jax.block_until_ready(jnp.full((1 << 28,), jnp.nan))  # freed at once: what a kernel forgets to write is NaN, not an older right answer
-    check(case, implementation)
+    check(case, implementation, lse="lse" not in IMPLEMENTATIONS[implementation].lacks)
 
 
 def random_rows(data, *, rows: int, chunk: int, pages: int, table: int, page_size: int) -> Rows:
@@ -108,7 +109,7 @@ def test_inside_shard_map():
 @pytest.mark.parametrize(
     ("capability", "head_dim", "dtype", "page_size", "name"),
     [
-        ("9.0", 128, "bfloat16", 64, "portable"),
+        ("9.0", 128, "bfloat16", 64, "sm90"),
         ("9.0", 80, "bfloat16", 64, "portable"),
         ("9.0", 128, "float32", 64, "portable"),
         ("9.0", 128, "bfloat16", 8, "portable"),
@@ -133,7 +134,7 @@ def test_an_implementation_that_cannot_says_so_with_numbers():
         plan_work(rows, **PLAN, implementation="sm90")
     with pytest.raises(NotImplementedError, match="cannot take head_dim 20: it takes 8 to 256"):
         plan_work(rows, **dict(PLAN, head_dim=20), implementation="portable")
-    with pytest.raises(ValueError, match="must be one of portable, sm90, reference, got 'cuda'"):
+    with pytest.raises(ValueError, match="must be one of sm90, portable, reference, got 'cuda'"):
         plan_work(rows, **PLAN, implementation="cuda")
 
 
