@@ -86,6 +86,8 @@ SMALL = {
     "mixed_fp8": Case(Heads(6, 2, 40), (70, 37, 0, 150), (0, 20, 0, 5), page_size=16, spare=3, sinks=True, pages=FP8),
     "shared_pages": Case(Heads(2, 1, 16), (150, 64, 80), (0, 0, 20), page_size=32, shared=2),
     "mixed_window_many_blocks": Case(Heads(2, 1, 8), (300, 290), (0, 140), page_size=64, window=100),
+    "nobody": Case(Heads(4, 2, 64), (0, 0, 0), (0, 0, 0), spare=40),  # a warm-up's step
+    "only_decodes": Case(Heads(4, 2, 64), (40, 0, 3), (0, 0, 0), spare=40),  # in a shape that has chunk lanes
     "prefill_sm90": Case(Heads(4, 1, 64), (40, 270, 0, 150), (40, 50, 0, 40), spare=9),
     "prefill_sm90_window": Case(Heads(7, 1, 64), (300, 5), (40, 5), page_size=16, window=100, softcap=15.0),
 }

@@ -29,7 +29,7 @@ def test_portable_interpreted(name):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # the NaN of slots that nobody wrote, masked afterwards
-@pytest.mark.parametrize("name", ["decode", "decode_group_3_window", "prefill_sm90", "prefill_sm90_window"])
+@pytest.mark.parametrize("name", ["decode", "decode_group_3_window", "nobody", "only_decodes", "prefill_sm90", "prefill_sm90_window"])
 def test_sm90_interpreted(name, capfd):
     """The interpreter also watches barriers, and says on stdout where two threads meet."""
     check(SMALL[name], "sm90", interpret=True, lse=False)
