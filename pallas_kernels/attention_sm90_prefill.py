@@ -13,6 +13,7 @@ import math
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ KV_BLOCK = 128
 STAGES = 2
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
+ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 
 
@@ -316,7 +318,7 @@ def _attend_blocks(options: _Options, refs, mine, item):
         plgpu.commit_smem()
         o_RH += _product(mine.p_s, refs.v_s.at[stage], o_RH.shape)
     else:
-        o_RH = pl.run_state(lambda out: plgpu.wgmma(out, p_RS, refs.v_s.at[stage]))(plgpu.ACC.init(o_RH))
+        o_RH = pl.run_state(lambda out: plgpu.wgmma(out, p_RS, refs.v_s.at[stage]))(ACC.init(o_RH))
     plgpu.barrier_arrive(refs.v_free.at[stage])
     return o_RH * lax.broadcast_in_dim(1 / jnp.maximum(sum_R, 1e-30), o_RH.shape, [0])
 
@@ -338,13 +340,13 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
             plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
             return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
 
-        s_RS = pl.run_scoped(scores, plgpu.ACC((LINES, KV_BLOCK), jnp.float32))
+        s_RS = pl.run_scoped(scores, ACC((LINES, KV_BLOCK), jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[stage])
         block = item.high - 1 - i if edge else None
         peak[...], total[...], keep[...], p[...] = _softmax(options, mine, item, s_RS, peak[...], total[...], block)
 
     new_RS = plgpu.layout_cast(jnp.zeros(p_RS.shape, jnp.float32), LAYOUT)
-    o_RH, peak_R, sum_R, keep_R, new_RS = pl.run_state(ask)((plgpu.ACC.init(o_RH), peak_R, sum_R, sum_R, new_RS))
+    o_RH, peak_R, sum_R, keep_R, new_RS = pl.run_state(ask)((ACC.init(o_RH), peak_R, sum_R, sum_R, new_RS))
     plgpu.barrier_arrive(refs.v_free.at[last])
     # Rounded only now: while the tensor cores still read the last weights, the new ones must not take their registers.
     o_RH, new_RS = lax.optimization_barrier((o_RH, new_RS))
@@ -422,4 +424,4 @@ def _product(a, b, shape):
         plgpu.wgmma(out, a, b)
         return out[...]
 
-    return pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_scoped(multiply, ACC(shape, jnp.float32))

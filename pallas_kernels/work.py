@@ -178,7 +178,8 @@ def _runs(rows: Rows, chunk: int, gaps: bool) -> tuple[Array, Array, Array, Arra
     ends = jnp.concatenate([jnp.zeros(1, jnp.int32), begin_M + size_M])
     sizes = jnp.concatenate([begin_M, jnp.full(1, chunk, jnp.int32)]) - ends
     between = ends, sizes, jnp.full_like(ends, -1), jnp.zeros_like(ends)
-    return tuple(jnp.concatenate(pair) for pair in zip(owned, between, strict=True))
+    begin_U, size_U, position_U, row_U = (jnp.concatenate(pair) for pair in zip(owned, between, strict=True))
+    return begin_U, size_U, position_U, row_U
 
 
 def _entry(start_M1: Array, index: Array) -> Array:
