@@ -20,7 +20,7 @@ JOBS = {
     "a100": ["portable:mixed", "portable:head_dim_256", "portable:fp8_page_16", "step:portable"],
     "l4": ["portable:mixed", "portable:head_dim_256"],
     "h200": [
-        *("sm90:decode_group_7", "sm90:decode_page_16", "sm90:mixed", "portable:sinks", "portable:fp8"),
+        *("sm90:prefill", "sm90:mixed", "portable:sinks", "portable:fp8"),
         *("step:sm90", "step:portable:float8_e4m3fn", "kept:portable", "spill"),
     ],
     "b200": ["portable:mixed"],
