@@ -87,7 +87,7 @@ def _decode_kernel(
             index = (page_S[:, None], head, lax.rem(position_S, jnp.int32(page_size))[:, None], feature[None, :])
             live_SH = seen_S[:, None] & (feature < head_dim)[None, :]
             k_SH = plt.load(k_ref.at[index], mask=live_SH, other=0.0)
-            s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, k_unit, softcap), LOW)
+            s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, k_unit, softcap), -jnp.inf)
             return _attend(attended, s_RS, plt.load(v_ref.at[index], mask=live_SH, other=0.0), _unit(k_unit, softcap), interpret)
 
         k_unit, v_unit = _units(extras, head, scale)
@@ -184,7 +184,7 @@ def _prefill_tile(refs, kv_head, place, *, lines, group, first_lane, kv_block, s
             seen_RS = position_S[None, :] <= position_R[:, None]
             if window is not None:
                 seen_RS &= position_S[None, :] > position_R[:, None] - window
-            s_RS = jnp.where(seen_RS, s_RS, LOW)
+            s_RS = jnp.where(seen_RS, s_RS, -jnp.inf)
         return _attend(attended, s_RS, plt.load(v_ref.at[index], **masks), _unit(k_unit, softcap), interpret)
 
     # Blocks [low, inner) cut through some token's window, [inner, outer) are seen whole by all, [outer, high) cut through the diagonal.
@@ -268,7 +268,12 @@ def _exp2(x, interpret: bool):
 
 
 def _attend(attended, s_RS, v_SH, unit, interpret):
-    """One turn of the online softmax, over scores of which each is `unit` in the exponent."""
+    """One turn of the online softmax, over scores of which each is `unit` in the exponent; -inf for what is not seen.
+
+    The peak starts at LOW, which is finite, so that a line which sees nothing of a block keeps it and gets zeros. A large finite number
+    in place of -inf would not do: multiplied by `unit` in a fused multiply-add it is not rounded, as the peak is, and their difference
+    can be 1e22.
+    """
     (peak_R, sum_R, o_RH), v_SH = attended, _widened(v_SH)
     new_R = jnp.maximum(peak_R, jnp.max(s_RS, axis=1) * unit)
     p_RS = _exp2(s_RS * unit - new_R[:, None], interpret)
