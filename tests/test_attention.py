@@ -28,6 +28,15 @@ def test_portable_interpreted(name):
     check(SMALL[name], "portable", interpret=True)
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "group", "kv_heads", "page_size"),
+    [(8, 16, 1, 16), (40, 1, 3, 128), (72, 5, 1, 24), (96, 2, 2, 64), (168, 9, 1, 48), (256, 1, 2, 16)],
+)
+def test_portable_takes_every_head_dim_group_and_page(head_dim, group, kv_heads, page_size):
+    case = Case(Heads(group * kv_heads, kv_heads, head_dim), (page_size + 1, 1, 70), (0, 1, 9), page_size=page_size, dtype="float16")
+    check(case, "portable", interpret=True)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # the NaN of slots that nobody wrote, masked afterwards
 @pytest.mark.parametrize("name", ["decode", "decode_group_3_window", "nobody", "only_decodes", "prefill_sm90", "prefill_sm90_window"])
 def test_sm90_interpreted(name, capfd):
