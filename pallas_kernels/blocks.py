@@ -2,7 +2,8 @@
 
 `tuning/<device kind>.json` holds measurements, written by `python -m bench.kernels --tune` on the device itself: one row a shape, with the
 sizes that were fastest there. A shape that was not measured takes the nearest one of the same head_dim and dtype; one that is far from
-all of them, or a device that nobody measured, takes the default, which was chosen on an H200 so that nothing spills registers and an L4's shared memory suffices.
+all of them, or a device that nobody measured, takes the default, which was chosen on an H200 so that nothing spills registers and an L4's
+shared memory suffices.
 """
 
 import json
