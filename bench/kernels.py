@@ -140,7 +140,7 @@ def write_seconds(rows: int, heads: Heads, page_size: int, repeats: int) -> floa
 
         return run
 
-    return seconds(chain, pages, pages + 1, new, slots, sets=100, repeats=repeats)
+    return seconds(chain, pages, pages + 1, new, slots, sets=32, repeats=repeats)
 
 
 # ---------------------------------------------------------------------- work
@@ -210,8 +210,7 @@ class Bench:
                 "page": case.page_size,
                 **asdict(heads),
                 "dtype": case.page_dtype,
-                "MB": round((read_bytes(case) if decode else 0) / 1e6, 1),
-            }
+            } | ({"MB": round(read_bytes(case) / 1e6, 1)} if decode else {})
             self.keep(row, took, limit, FA3.get(self.device.device_kind, {}).get(name) if case.page_dtype == "bfloat16" else None)
 
     def write(self, rows: int, heads: Heads) -> None:

@@ -52,7 +52,7 @@ class Shape:
         return sum(abs(math.log2(max(getattr(self, name), 1) / row[name])) for name in ("group", "page_size", "rows", "length"))
 
 
-NEAR = 4.0  # doublings: what was measured farther away says nothing
+NEAR = 2.0  # doublings: what was measured farther away says nothing
 KINDS = {"decode": Decode, "prefill": Prefill}
 
 

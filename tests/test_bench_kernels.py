@@ -62,14 +62,14 @@ def test_tuning_writes_what_plans_then_read(table, monkeypatch):
     assert path.name == "some-gpu.json" and len(json.loads(path.read_text())["rows"]) == 2
 
     def chosen(rows, head_dim=64, dtype="bfloat16", kind="Some GPU"):
-        return blocks.blocks("decode", kind, blocks.Shape(head_dim, 7, 64, dtype, rows, 1024))
+        return blocks.blocks("decode", kind, blocks.Shape(head_dim, 7, 64, dtype, rows, 640))
 
-    assert chosen(8) == chosen(200) == wins[64]
+    assert chosen(32) == chosen(200) == wins[64]
     assert chosen(600) == wins[1024]
     assert chosen(1) == blocks.default_decode(64, "bfloat16"), "too far from what was measured"
-    assert chosen(8, head_dim=128) == blocks.default_decode(128, "bfloat16")
-    assert chosen(8, dtype=FP8) == blocks.default_decode(64, FP8)
-    assert chosen(8, kind="Another GPU") == blocks.default_decode(64, "bfloat16") != wins[64]
+    assert chosen(64, head_dim=128) == blocks.default_decode(128, "bfloat16")
+    assert chosen(64, dtype=FP8) == blocks.default_decode(64, FP8)
+    assert chosen(64, kind="Another GPU") == blocks.default_decode(64, "bfloat16") != wins[64]
 
 
 def test_sizes_that_cannot_be_compiled_lose(monkeypatch):
