@@ -41,7 +41,7 @@ def test_portable_takes_every_head_dim_group_and_page(head_dim, group, kv_heads,
 @pytest.mark.parametrize("name", ["decode", "decode_group_3_window", "nobody", "only_decodes", "prefill_sm90", "prefill_sm90_window"])
 def test_sm90_interpreted(name, capfd):
     """The interpreter also watches barriers, and says on stdout where two threads meet."""
-    check(SMALL[name], "sm90", interpret=True, lse=False)
+    check(SMALL[name], "sm90", interpret=True)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
 
@@ -59,7 +59,7 @@ def test_gpu(name, implementation):
     if implementation == "sm90" and (capability_of(jax.devices()[0]) != "9.0" or not reaches("sm90", case)):
         pytest.skip(f"sm90 needs a Hopper GPU, and cannot do {case}")
     jax.block_until_ready(jnp.full((1 << 28,), jnp.nan))  # freed at once: what a kernel forgets to write is NaN, not an older right answer
-    check(case, implementation, lse="lse" not in IMPLEMENTATIONS[implementation].lacks)
+    check(case, implementation)
 
 
 def random_rows(data, *, rows: int, chunk: int, pages: int, table: int, page_size: int) -> Rows:
