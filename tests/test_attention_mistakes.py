@@ -89,6 +89,7 @@ def test_without_a_mistake_there_is_nothing_to_catch(case):
 )
 def test_mosaics_interpreter_catches_missing(missing, monkeypatch, capfd):
     """Threads that do not wait for each other: a wrong state of a barrier, a read of what is not there, or a race."""
+    monkeypatch.setattr(attention_sm90, "FASTER_HEAD_DIMS", (64,))
     monkeypatch.setattr(attention_sm90, "plgpu", Changed(attention_sm90.plgpu, **{missing: lambda *args, **options: None}))
     try:
         check(SMALL["decode"], "sm90", interpret=True)
