@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -101,7 +101,7 @@ def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
 
     links = max(4, len(sets))
     took = seconds(chain, sets, rows, jax.jit(plan)(rows), sets=links, repeats=repeats)
-    return took - seconds(_holding, rows, sets=links, repeats=repeats)
+    return took - _holding_seconds(rows.table_MP.shape, links, repeats)
 
 
 def _after(rows: Rows, out: jax.Array) -> Rows:
@@ -109,23 +109,28 @@ def _after(rows: Rows, out: jax.Array) -> Rows:
     return replace(rows, table_MP=rows.table_MP + (out.ravel()[0].astype(jnp.float32) * 0).astype(jnp.int32))
 
 
-def _holding(count: int) -> Callable:
-    """A chain of what `_after` costs."""
+@cache
+def _holding_seconds(table: tuple[int, int], links: int, repeats: int) -> float:
+    """What `_after` costs for a table of this shape."""
+    rows = Rows(jnp.zeros(table, jnp.int32), *(jnp.zeros(table[0], jnp.int32) for _ in range(3)))
 
-    def run(rows):
-        for _ in range(count):
-            rows = jax.lax.optimization_barrier(_after(rows, rows.table_MP))
-        return rows
+    def chain(count: int) -> Callable:
+        def run(rows):
+            for _ in range(count):
+                rows = jax.lax.optimization_barrier(_after(rows, rows.table_MP))
+            return rows
 
-    return run
+        return run
+
+    return seconds(chain, rows, sets=links, repeats=repeats)
 
 
 def write_seconds(rows: int, heads: Heads, page_size: int, repeats: int) -> float:
     """Seconds of one `write_kv` of a decode step's tokens into one layer's pages, in place."""
-    pages = jnp.zeros((rows * 8, heads.kv_heads, page_size, heads.head_dim), jnp.bfloat16)
+    pages = jnp.zeros((rows * 2, heads.kv_heads, page_size, heads.head_dim), jnp.bfloat16)
     new = jnp.ones((rows, heads.kv_heads, heads.head_dim), jnp.bfloat16)
     random = np.random.default_rng(0)
-    slots = [jnp.asarray(random.permutation(rows * 8)[:rows] * page_size + place, jnp.int32) for place in range(8)]
+    slots = [jnp.asarray(random.permutation(rows * 2)[:rows] * page_size + place, jnp.int32) for place in range(8)]
 
     def chain(count: int) -> Callable:
         def run(k_pages, v_pages, new, slots):
@@ -135,7 +140,7 @@ def write_seconds(rows: int, heads: Heads, page_size: int, repeats: int) -> floa
 
         return run
 
-    return seconds(chain, pages, pages + 1, new, slots, sets=16, repeats=repeats)
+    return seconds(chain, pages, pages + 1, new, slots, sets=32, repeats=repeats)
 
 
 # ---------------------------------------------------------------------- work
@@ -205,8 +210,7 @@ class Bench:
                 "page": case.page_size,
                 **asdict(heads),
                 "dtype": case.page_dtype,
-                "MB": round((read_bytes(case) if decode else 0) / 1e6, 1),
-            }
+            } | ({"MB": round(read_bytes(case) / 1e6, 1)} if decode else {})
             self.keep(row, took, limit, FA3.get(self.device.device_kind, {}).get(name) if case.page_dtype == "bfloat16" else None)
 
     def write(self, rows: int, heads: Heads) -> None:
@@ -240,7 +244,7 @@ class Bench:
 # ---------------------------------------------------------------------- tuning
 
 
-DECODES = [blocks.Decode(*sizes) for sizes in itertools.product((32, 64, 128), (4, 8), (3, 5), (2, 3, 4))]
+DECODES = [blocks.Decode(*sizes) for sizes in itertools.product((32, 64, 128), (4, 8), (4, 5), (2, 3, 4))]
 PREFILLS = [blocks.Prefill(*sizes) for sizes in itertools.product((64, 128), (32, 64), (4, 8), (2, 4))]
 
 
@@ -261,11 +265,15 @@ def tune(device_kind: str, repeats: int, cases: dict[str, Case], folder: Path) -
         kept = [row for row in kept if any(row[key] != value for key, value in shape.items())]
         kept.append(shape | asdict(best) | {"us": round(times[best] * 1e6, 2)})
         print(f"{name:14} {best} {times[best] * 1e6:.1f} us", flush=True)
-    kept.sort(key=lambda row: [str(value) for value in row.values()])
-    lines = ",\n".join("    " + json.dumps(row) for row in kept)
-    folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{{\n  "device": {json.dumps(device_kind)},\n  "rows": [\n{lines}\n  ]\n}}\n')
+        _write_table(path, device_kind, kept)
     return path
+
+
+def _write_table(path: Path, device_kind: str, rows: list[dict]) -> None:
+    rows = sorted(rows, key=lambda row: [str(value) for value in row.values()])
+    lines = ",\n".join("    " + json.dumps(row) for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{\n  "device": {json.dumps(device_kind)},\n  "rows": [\n{lines}\n  ]\n}}\n')
 
 
 def _tried(op: str, candidate: Any, case: Case, repeats: int) -> float:
@@ -290,6 +298,9 @@ GROUPS = ("decode", "prefill", "write", "sweep")
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench.kernels", description="Times the attention kernels on the GPU at hand.")
     p.add_argument("--only", choices=GROUPS, action="append", help="a group to run; all of them without it")
+    p.add_argument(
+        "--case", choices=[*DECODE, *PREFILL], action="append", help="a case of decode or prefill to run or tune; all without it"
+    )
     p.add_argument("--implementation", choices=("portable", "sm90"), action="append", help="all of these, not the one that would be chosen")
     p.add_argument("--repeats", type=int, default=7, help="differences that a median is taken of")
     p.add_argument("--tune", action="store_true", help="find block sizes for the portable kernels, and write them into the package")
@@ -305,10 +316,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"bench.kernels times GPU kernels, and JAX sees no GPU here but {device.device_kind!r}")
     if args.tune:
         tuning = Path(blocks.__file__).parent / "tuning"
-        print(tune(device.device_kind, args.repeats, DECODE | PREFILL, tuning))
+        print(tune(device.device_kind, args.repeats, _asked(DECODE | PREFILL, args.case), tuning))
         return
     bench, only = Bench(args), args.only or GROUPS
-    cases = {"decode": DECODE, "prefill": PREFILL, "sweep": dict(_named(sweep()))}
+    cases = {"decode": _asked(DECODE, args.case), "prefill": _asked(PREFILL, args.case), "sweep": dict(_named(sweep()))}
     for group in only:
         if group == "write":
             for rows, heads in itertools.product((64, 256), (LLAMA_8B, QWEN_05B)):
@@ -319,6 +330,10 @@ def main(argv: list[str] | None = None) -> None:
         bench.save()
     if args.plot:
         plots.kernels(bench.rows, args.plot, f"Attention on {device.device_kind}")
+
+
+def _asked(cases: dict[str, Case], names: list[str] | None) -> dict[str, Case]:
+    return {name: case for name, case in cases.items() if names is None or name in names}
 
 
 def _named(cases: Iterator[tuple[str, Case]]) -> Iterator[tuple[str, Case]]:

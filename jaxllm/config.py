@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+ATTENTION_BACKENDS = ("auto", "portable", "sm90", "reference")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 KV_CACHE_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
@@ -16,6 +17,7 @@ class EngineConfig:
     max_model_len: prompt and answer together, in tokens; -1 ("auto") is the most that memory allows.
     gpu_memory_utilization: the fraction of each device's total memory that weights, cache and step may take together.
     block_size: tokens in a page of the KV cache.
+    attention_backend: which of pallas_kernels' implementations attends; auto is the fastest that was measured for the device.
     kv_cache_dtype: auto keeps keys and values in `dtype`; fp8 (e4m3, each number by itself) takes half the memory, and rounds them.
     """
 
@@ -36,6 +38,7 @@ class EngineConfig:
     gpu_memory_utilization: float = 0.9
     block_size: int | None = None
     kv_cache_dtype: str = "auto"
+    attention_backend: str = "auto"
     num_gpu_blocks_override: int | None = None  # pages in the cache, whatever memory allows
     enable_prefix_caching: bool = True
     max_num_seqs: int | None = None

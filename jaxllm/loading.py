@@ -20,6 +20,7 @@ from jaxllm.decoder import Decoder
 from jaxllm.devices import choose_devices, machine
 from jaxllm.parallel import make_mesh
 from jaxllm.plan import Plan, choose_dtype, dtype_bytes, make_plan
+from jaxllm.request import ConfigError
 from jaxllm.runner import Runner
 from jaxllm.source import as_config_error, default_params, eos_ids, load_tokenizer, open_model, refuse_remote_code
 from jaxllm.text import Tokenizer
@@ -60,17 +61,14 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
         log.warning("mixture of experts: every expert runs for every token for now, so steps are slow")
     with phase("weights"), as_config_error():
         decoder = load_decoder(config, checkpoint, model, mesh, plan.dtype)
-    implementation = implementation_for(
-        capability_of(devices[0]),
-        head_dim=model.head_dim,
-        dtype=plan.page_dtype,
-        page_size=plan.page_size,
-        group=model.num_heads // model.num_kv_heads,
-    )
+    implementation = choose_attention(config, plan, model, devices[0])
     runner = Runner(decoder, plan, mesh, implementation)
     log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)
     with phase(f"compiling {len(plan.buckets) + 1} shapes"):
-        runner.compile()
+        try:
+            runner.compile()
+        except NotImplementedError as error:  # an attention that was asked for by name
+            raise ConfigError(f"--attention-backend {implementation}: {error}") from error
     return Loaded(
         name=config.model or "default",
         path=str(folder),
@@ -97,6 +95,19 @@ def load(
     model = checkpoint.config.for_context(max_model_len or checkpoint.config.max_position)
     decoder = load_decoder(config, checkpoint, model, mesh, choose_dtype(dtype, checkpoint.dtype))
     return decoder, load_tokenizer(config, folder)
+
+
+def choose_attention(config: EngineConfig, plan: Plan, model: ModelConfig, device: Any) -> str:
+    """The attention that was asked for, or the fastest there is for this device, these heads and these pages."""
+    if config.attention_backend != "auto":
+        return config.attention_backend
+    return implementation_for(
+        capability_of(device),
+        head_dim=model.head_dim,
+        dtype=plan.page_dtype,
+        page_size=plan.page_size,
+        group=model.num_heads // model.num_kv_heads,
+    )
 
 
 def load_decoder(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, mesh: Mesh, dtype: str) -> Decoder:

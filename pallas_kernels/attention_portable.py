@@ -87,7 +87,7 @@ def _decode_kernel(
             index = (page_S[:, None], head, lax.rem(position_S, jnp.int32(page_size))[:, None], feature[None, :])
             live_SH = seen_S[:, None] & (feature < head_dim)[None, :]
             k_SH = plt.load(k_ref.at[index], mask=live_SH, other=0.0)
-            s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, k_unit, softcap), -jnp.inf)
+            s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, k_unit, softcap, interpret), -jnp.inf)
             return _attend(attended, s_RS, plt.load(v_ref.at[index], mask=live_SH, other=0.0), _unit(k_unit, softcap), interpret)
 
         k_unit, v_unit = _units(extras, head, scale)
@@ -179,7 +179,7 @@ def _prefill_tile(refs, kv_head, place, *, lines, group, first_lane, kv_block, s
             masks = dict(mask=(position_S < end)[:, None] & real_H, other=0.0)
         elif feature.shape[0] != head_dim:
             masks = dict(mask=jnp.broadcast_to(real_H, (kv_block, feature.shape[0])), other=0.0)
-        s_RS = _scores(q_RH, plt.load(k_ref.at[index], **masks), k_unit, softcap)
+        s_RS = _scores(q_RH, plt.load(k_ref.at[index], **masks), k_unit, softcap, interpret)
         if edge:
             seen_RS = position_S[None, :] <= position_R[:, None]
             if window is not None:
@@ -223,11 +223,29 @@ def _prepared(q_NQH: Array, k_pages: Array, sinks, k_scale, v_scale) -> tuple[Ar
     return q_NQH, extras
 
 
-def _widened(x):
+# Four bytes to two registers of two halves: each byte to the upper end of a half, then all but its sign one bit down.
+_WIDEN = """{
+.reg .b32 a, b, c, d;
+prmt.b32 a, $2, 0, 0x1404;
+prmt.b32 b, $2, 0, 0x3424;
+shr.u32 c, a, 1;
+shr.u32 d, b, 1;
+and.b32 a, a, 0x80008000;
+and.b32 b, b, 0x80008000;
+lop3.b32 $0, c, 0x3f803f80, a, 0xea;
+lop3.b32 $1, d, 0x3f803f80, b, 0xea;
+}"""
+
+
+def _widened(x, interpret: bool):
     """A block of fp8 pages as float16 numbers 1 / WIDENED as large: exact, and integer arithmetic only, which Ampere has too."""
     if x.dtype != FP8:
         return x
-    bits = lax.bitcast_convert_type(x, jnp.uint8).astype(jnp.uint16)
+    bits = lax.bitcast_convert_type(x, jnp.uint8)
+    if not interpret:
+        result = jax.ShapeDtypeStruct(x.shape, jnp.float16)
+        return plt.elementwise_inline_asm(_WIDEN, args=[bits], constraints="=r,=r,r", pack=4, result_shape_dtypes=[result])[0]
+    bits = bits.astype(jnp.uint16)
     return lax.bitcast_convert_type(((bits & 0x80) << 8) | ((bits & 0x7F) << 7), jnp.float16)
 
 
@@ -248,9 +266,9 @@ def _dot(a, b, **options):
     return plt.dot(a, b, precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None, **options).astype(jnp.float32)
 
 
-def _scores(q_RH, k_SH, scale, softcap):
+def _scores(q_RH, k_SH, scale, softcap, interpret):
     """Scores up to `_unit`."""
-    s_RS = _dot(q_RH, _widened(k_SH), trans_b=True)
+    s_RS = _dot(q_RH, _widened(k_SH, interpret), trans_b=True)
     return s_RS if softcap is None else jnp.tanh(s_RS * (scale / softcap))
 
 
@@ -274,7 +292,7 @@ def _attend(attended, s_RS, v_SH, unit, interpret):
     in place of -inf would not do: multiplied by `unit` in a fused multiply-add it is not rounded, as the peak is, and their difference
     can be 1e22.
     """
-    (peak_R, sum_R, o_RH), v_SH = attended, _widened(v_SH)
+    (peak_R, sum_R, o_RH), v_SH = attended, _widened(v_SH, interpret)
     new_R = jnp.maximum(peak_R, jnp.max(s_RS, axis=1) * unit)
     p_RS = _exp2(s_RS * unit - new_R[:, None], interpret)
     keep_R = _exp2(peak_R - new_R, interpret)

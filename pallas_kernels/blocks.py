@@ -1,8 +1,9 @@
 """Block sizes of the portable kernels: what was measured on this kind of device, else a default.
 
 `tuning/<device kind>.json` holds measurements, written by `python -m bench.kernels --tune` on the device itself: one row a shape, with the
-sizes that were fastest there. A shape that was not measured takes the nearest one of the same head_dim and dtype; a device or dtype that
-was not measured takes the default, which was chosen on an H200 so that nothing spills registers and an L4's shared memory suffices.
+sizes that were fastest there. A shape that was not measured takes the nearest one of the same head_dim and dtype; one that is far from
+all of them, or a device that nobody measured, takes the default, which was chosen on an H200 so that nothing spills registers and an L4's
+shared memory suffices.
 """
 
 import json
@@ -51,6 +52,7 @@ class Shape:
         return sum(abs(math.log2(max(getattr(self, name), 1) / row[name])) for name in ("group", "page_size", "rows", "length"))
 
 
+NEAR = 2.0  # doublings: what was measured farther away says nothing
 KINDS = {"decode": Decode, "prefill": Prefill}
 
 
@@ -66,6 +68,7 @@ def blocks(op: str, device_kind: str, shape: Shape) -> Decode | Prefill:
         for r in measured(device_kind)
         if (r["op"], r["dtype"]) == (op, shape.dtype) and features(r["head_dim"]) == features(shape.head_dim)
     ]
+    rows = [row for row in rows if shape.apart(row) <= NEAR]
     if not rows:
         return default_decode(shape.head_dim, shape.dtype) if op == "decode" else default_prefill(shape.head_dim, shape.dtype)
     nearest = min(rows, key=shape.apart)

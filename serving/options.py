@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, NoReturn
 
-from jaxllm.config import DTYPES, KV_CACHE_DTYPES, LOAD_FORMATS, EngineConfig
+from jaxllm.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES, LOAD_FORMATS, EngineConfig
 
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
 
@@ -130,6 +130,7 @@ ENGINE = {
         Flag("gpu_memory_utilization", "Fraction of each GPU's memory to use in all.", fraction, "FRACTION"),
         Flag("block_size", "Tokens in a page of the KV cache.", whole(1), "TOKENS", "chosen for the device"),
         Flag("kv_cache_dtype", "Type of cached keys and values: fp8 holds twice as many tokens; auto is --dtype.", KV_CACHE_DTYPES),
+        Flag("attention_backend", "Attention kernels to run; auto takes the fastest for the device.", ATTENTION_BACKENDS),
         Flag("num_gpu_blocks_override", "Pages in the KV cache, whatever memory allows.", whole(1), "COUNT", "from memory"),
         Flag("enable_prefix_caching", "Keep finished prompts' pages for prompts that begin alike.", "switch"),
     ],

@@ -54,7 +54,7 @@ def table(tmp_path, monkeypatch):
 
 def test_tuning_writes_what_plans_then_read(table, monkeypatch):
     """Two shapes with different winners; a plan takes the nearest of its own head_dim and dtype, and leaves others alone."""
-    wins = {64: blocks.Decode(32, 8, 3, 2), 1024: blocks.Decode(128, 4, 5, 4)}
+    wins = {64: kernels.DECODES[1], 1024: kernels.DECODES[-1]}
     monkeypatch.setattr(kernels, "_tried", lambda op, sizes, case, repeats: 1.0 if sizes == wins[len(case.lengths)] else 2.0)
     cases = {str(batch): Case(QWEN_05B, (640,) * batch) for batch in wins}
     for _ in range(2):  # the second time replaces the first one's rows
@@ -62,13 +62,14 @@ def test_tuning_writes_what_plans_then_read(table, monkeypatch):
     assert path.name == "some-gpu.json" and len(json.loads(path.read_text())["rows"]) == 2
 
     def chosen(rows, head_dim=64, dtype="bfloat16", kind="Some GPU"):
-        return blocks.blocks("decode", kind, blocks.Shape(head_dim, 7, 64, dtype, rows, 1024))
+        return blocks.blocks("decode", kind, blocks.Shape(head_dim, 7, 64, dtype, rows, 640))
 
-    assert chosen(8) == chosen(200) == wins[64]
+    assert chosen(32) == chosen(200) == wins[64]
     assert chosen(600) == wins[1024]
-    assert chosen(8, head_dim=128) == blocks.default_decode(128, "bfloat16")
-    assert chosen(8, dtype=FP8) == blocks.default_decode(64, FP8)
-    assert chosen(8, kind="Another GPU") == blocks.default_decode(64, "bfloat16") != wins[64]
+    assert chosen(1) == blocks.default_decode(64, "bfloat16"), "too far from what was measured"
+    assert chosen(64, head_dim=128) == blocks.default_decode(128, "bfloat16")
+    assert chosen(64, dtype=FP8) == blocks.default_decode(64, FP8)
+    assert chosen(64, kind="Another GPU") == blocks.default_decode(64, "bfloat16") != wins[64]
 
 
 def test_sizes_that_cannot_be_compiled_lose(monkeypatch):

@@ -53,7 +53,8 @@ EVERY_FLAG = """--host ::1 --port 9 --api-key k --enable-log-requests --api-serv
     --model m --served-model-name s --tokenizer t --chat-template c
     --generation-config vllm --hf-overrides '{"a":1}' --dtype half --max-model-len 8K --max-logprobs 5 --seed 3 --enforce-eager
     --load-format dummy --revision r --download-dir d --device cpu --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --block-size 16
-    --kv-cache-dtype fp8 --num-gpu-blocks-override 9 --no-enable-prefix-caching --max-num-seqs 4 --max-num-batched-tokens 64"""
+    --kv-cache-dtype fp8
+    --attention-backend reference --num-gpu-blocks-override 9 --no-enable-prefix-caching --max-num-seqs 4 --max-num-batched-tokens 64"""
 
 
 def test_every_flag_reaches_its_field():
@@ -79,6 +80,7 @@ def test_every_flag_reaches_its_field():
         gpu_memory_utilization=0.5,
         block_size=16,
         kv_cache_dtype="fp8",
+        attention_backend="reference",
         num_gpu_blocks_override=9,
         enable_prefix_caching=False,
         max_num_seqs=4,

@@ -3,11 +3,12 @@
 import asyncio
 import contextlib
 import random
+from typing import Any
 
 import jax.monitoring
 import pytest
 
-from jaxllm import LLM, Engine, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams
+from jaxllm import LLM, ConfigError, Engine, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -165,3 +166,12 @@ def test_a_closed_engine_says_so():
     engine.close()
     with pytest.raises(EngineDeadError, match="it was closed"):
         engine.submit(Request("y", (1, 2), SamplingParams()), lambda item: None)
+
+
+def test_attention_may_be_named_and_is_refused_where_it_cannot():
+    options: dict[str, Any] = dict(dtype="float32", max_num_seqs=1, enforce_eager=True, max_num_batched_tokens=32, max_model_len=64)
+    with pytest.raises(ConfigError, match="--attention-backend sm90: attention 'sm90' cannot take"):
+        Engine(EngineConfig(attention_backend="sm90", **options))
+    with LLM(attention_backend="reference", **options) as named:
+        (output,) = named.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
+    assert output.outputs[0].text == ", there was a little"
