@@ -147,11 +147,11 @@ def main(argv: list[str] | None = None) -> None:
     args = made.parse_args(sys.argv[1:] if argv is None else argv)
     try:
         found = read(args.results)
-        text = section(found)
-        if args.readme:
-            args.readme.write_text(written(args.readme.read_text(), text))
+        if args.readme:  # whole models only: who reads a README asks how fast those are
+            models = {device: kept for device, rows in found.items() if (kept := [row for row in rows if "model" in row])}
+            args.readme.write_text(written(args.readme.read_text(), section(models)))
         else:
-            print(text)
+            print(section(found))
     except (ValueError, OSError) as error:
         raise SystemExit(f"jaxllm bench compare: {error}") from error
     for path in draw(found, args.plots) if args.plots else ():
