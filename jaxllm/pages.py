@@ -100,10 +100,3 @@ class PagePool:
                     self._cached[page] = None
                 else:
                     self._free.append(page)
-
-    def forget(self) -> None:
-        """Drops every name: nothing written so far will be found again. Held pages stay held."""
-        self._free.extend(self._cached)
-        self._cached.clear()
-        self._page_of.clear()
-        self._name_of.clear()

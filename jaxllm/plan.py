@@ -13,7 +13,8 @@ from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, ConfigError
 GIB = 2**30
 PAGE_SIZE = 64  # measured best with the Mosaic kernels; whole pages are what prompts share
 LARGE = 60 * GIB  # from this device memory on, steps are sized for throughput; below, weights need most of it
-SLACK = 5 * GIB // 4  # the allocator's rounding, CUDA graphs, libraries' workspaces
+SLACK = 5 * GIB // 4  # the allocator's rounding, CUDA graphs
+WORKSPACE = 128 * 2**20  # what XLA counts among a step's temporaries for cuBLAS, however small the step
 CPU_CACHE_BYTES = 1 * GIB  # what the KV cache may take on a CPU, where there is no device memory to divide
 
 
@@ -204,7 +205,7 @@ def _step_bytes(model: ModelConfig, rows: int, chunk: int, scored: Bucket, dtype
     d_ff = max([model.d_ff] + [layer.experts.d_ff * 4 for layer in model.layers if layer.experts])
     lanes = (rows + chunk) * (8 * model.d_model + 4 * heads // tp + 4 * d_ff // tp) * dtype_bytes(dtype)
     logits = 3 * max(rows, scored.rows + scored.chunk) * model.vocab_size * 4
-    return max(2 * lanes, logits)
+    return max(2 * lanes, logits) + WORKSPACE
 
 
 def _kept_bytes(model: ModelConfig, buckets: tuple[Bucket, ...], rows: int, max_pages: int) -> int:

@@ -39,7 +39,7 @@ log = logging.getLogger("jaxllm")
 ADMITTED = 16  # sequences whose row state one dispatch brings to the device
 # XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing.
 _OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
-# Prompts' large products are cuBLAS's; trying Triton's for each of them was half of the compile time and gained nothing (8B MIX, H200).
+# Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200).
 _LARGE = {"xla_gpu_enable_triton_gemm": False}
 _COMPILER_STACK = 64 * 2**20  # XLA's recursion over a deep model overflows a thread's usual 8 MiB
 
@@ -110,7 +110,7 @@ class Runner:
 
     # ------------------------------------------------------------------ compiling
 
-    def compile(self, progress: Callable[[str], None] = lambda name: None) -> None:
+    def compile(self) -> None:
         """Compiles every shape, in threads, and runs each once on padding, so that nothing is left for the first request.
 
         The cache is allocated after that: XLA tries kernels on the device as it compiles, and needs room for it.
@@ -122,7 +122,6 @@ class Runner:
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
                 for job, compiled in zip(jobs, pool.map(_Job.compile, jobs), strict=True):
                     job.home[job.key] = compiled
-                    progress(job.name)
         finally:
             stack_size(before)
         self._check_memory()

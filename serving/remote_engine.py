@@ -79,7 +79,7 @@ class AnothersProcess:
         return None
 
     def close(self, at_once: bool = False) -> None:
-        pass
+        """Leaves it running, for the others who use it."""
 
 
 class RemoteEngine:

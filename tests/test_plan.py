@@ -1,5 +1,6 @@
 """From what was asked to what will be done: numbers by hand, and refusals that say both."""
 
+import dataclasses
 import math
 import re
 
@@ -38,6 +39,13 @@ def test_memory_is_divided_and_nothing_is_promised_twice():
     taken = WEIGHTS + made.step_bytes + ports + state + pages + SLACK
     assert H200.memory is not None and H200.memory - 8 * 2**20 <= taken <= H200.memory
     assert made.max_model_len == 131_072 and made.max_num_seqs == 1024
+
+
+def test_the_smallest_step_has_room_for_cublas():
+    """Its workspace, 32 MiB on Hopper, is among XLA's temporaries, and a start is refused that they do not fit."""
+    tiny = dataclasses.replace(LLAMA, vocab_size=512, d_model=64, d_ff=172, num_heads=8, num_kv_heads=4, head_dim=8)
+    made = make_plan(EngineConfig(max_num_seqs=1, max_num_batched_tokens=32), tiny, "float32", H200, 2**20)
+    assert made.step_bytes is not None and made.step_bytes > 32 * 2**20
 
 
 def test_the_line_people_know():
