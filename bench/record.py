@@ -7,6 +7,7 @@ versions, command, commit and date it was measured with.
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shlex
@@ -111,7 +112,9 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """The commit measured, marked if the tree differs from it (results apart); None outside a checkout."""
+    """The commit measured, marked if the tree differs from it (results apart). Outside a checkout: what BENCH_COMMIT says, or None."""
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
     name = _output("git", "rev-parse", "--short=12", "HEAD")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!bench/results")
     return name and name + ("-changed" if changed else "")

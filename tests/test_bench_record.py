@@ -62,3 +62,8 @@ def test_committed_results_are_whole():
         assert all({"name", "value", "unit"} <= set(row) for row in kept["rows"]), path.name
         workloads = [json.dumps(record._workload(row)) for row in kept["rows"]]
         assert len(workloads) == len(set(workloads)), path.name
+
+
+def test_the_commit_can_be_told_where_there_is_no_git(monkeypatch):
+    monkeypatch.setenv("BENCH_COMMIT", "0123456789ab")
+    assert record.commit() == "0123456789ab"
