@@ -71,6 +71,12 @@ def _total_memory(ordinal: int) -> int:
     return size.value
 
 
+def cache_folder() -> Path | None:
+    """Where compiled steps are kept: beside what JAX keeps. None if JAX keeps nothing."""
+    folder = jax.config.jax_compilation_cache_dir
+    return None if folder is None else Path(folder) / "steps"
+
+
 def _started() -> bool:
     from jax._src import xla_bridge  # there is no public way to ask
 

@@ -13,9 +13,9 @@ from flax import nnx
 
 from converters.model_config import Experts, ModelConfig, Rope
 from jaxllm import parallel
-from jaxllm.weights import RandomWeights, Weights
+from jaxllm.weights import Weights, WeightShapes
 
-Source = Weights | RandomWeights
+Source = Weights | WeightShapes  # RandomWeights too
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

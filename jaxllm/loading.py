@@ -1,10 +1,11 @@
 """From a model's name to its parts: checkpoint, plan, weights on the devices, tokenizer, compiled runner. One line a phase."""
 
+import contextlib
 import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,16 @@ from converters.checkpoint import Checkpoint, tensor_shapes
 from converters.model_config import ModelConfig
 from jaxllm.config import EngineConfig
 from jaxllm.decoder import Decoder
-from jaxllm.devices import choose_devices, machine
+from jaxllm.devices import cache_folder, choose_devices, machine
+from jaxllm.executables import Executables
+from jaxllm.layers import Source
 from jaxllm.parallel import make_mesh
 from jaxllm.plan import Plan, choose_dtype, dtype_bytes, make_plan
 from jaxllm.request import ConfigError
 from jaxllm.runner import Runner
 from jaxllm.source import as_config_error, default_params, eos_ids, load_tokenizer, open_model, refuse_remote_code
 from jaxllm.text import Tokenizer
-from jaxllm.weights import RandomWeights, Weights, loading_bar
+from jaxllm.weights import RandomWeights, Weights, WeightShapes, loading_bar
 from pallas_kernels import capability_of, implementation_for
 
 log = logging.getLogger("jaxllm")
@@ -59,16 +62,20 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
     model = checkpoint.config.for_context(plan.max_model_len)
     if any(layer.experts for layer in model.layers):
         log.warning("mixture of experts: every expert runs for every token for now, so steps are slow")
-    with phase("weights"), as_config_error():
-        decoder = load_decoder(config, checkpoint, model, mesh, plan.dtype)
     implementation = choose_attention(config, plan, model, devices[0])
-    runner = Runner(decoder, plan, mesh, implementation)
     log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)
-    with phase(f"compiling {len(plan.buckets) + 1} shapes"):
-        try:
-            runner.compile()
-        except NotImplementedError as error:  # an attention that was asked for by name
-            raise ConfigError(f"--attention-backend {implementation}: {error}") from error
+    shapes = Decoder(WeightShapes(tensor_shapes(model), mesh, plan.dtype), model)
+    runner = Runner(shapes, plan, mesh, implementation)
+    with ThreadPoolExecutor(1, "weights") as pool:
+        weights = pool.submit(_timed_decoder, config, checkpoint, model, mesh, plan.dtype)
+        with phase(f"compiling {len(plan.buckets) + 1} shapes"):
+            try:
+                runner.compile(Executables(cache_folder(), devices, plan, model, implementation))
+            except NotImplementedError as error:  # an attention that was asked for by name
+                raise ConfigError(f"--attention-backend {implementation}: {error}") from error
+        decoder = weights.result()
+    with phase("cache and first steps"):
+        runner.start(decoder)
     return Loaded(
         name=config.model or "default",
         path=str(folder),
@@ -110,12 +117,20 @@ def choose_attention(config: EngineConfig, plan: Plan, model: ModelConfig, devic
     )
 
 
+def _timed_decoder(*args: Any) -> Decoder:
+    with phase("weights"), as_config_error():
+        return load_decoder(*args)
+
+
 def load_decoder(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfig, mesh: Mesh, dtype: str) -> Decoder:
     """The network with its weights on the devices, or with random ones. `model` is the checkpoint's config, its context chosen."""
-    if config.load_format == "dummy":
-        return Decoder(RandomWeights(tensor_shapes(model), mesh, dtype, config.seed, norm_bias=model.norm_bias), model)
-    with loading_bar(checkpoint.tensors) as progress:
-        decoder = Decoder(Weights(checkpoint.tensors, mesh, dtype, progress), model)
+    with contextlib.ExitStack() as stack:
+        source: Source
+        if config.load_format == "dummy":
+            source = RandomWeights(tensor_shapes(model), mesh, dtype, config.seed, norm_bias=model.norm_bias)
+        else:
+            source = Weights(checkpoint.tensors, mesh, dtype, stack.enter_context(loading_bar(checkpoint.tensors)))
+        decoder = Decoder(source, model)
         jax.block_until_ready(nnx.state(decoder))
     return decoder
 
@@ -125,7 +140,7 @@ def _weight_bytes(config: EngineConfig, checkpoint: Checkpoint) -> int:
     return elements * dtype_bytes(choose_dtype(config.dtype, checkpoint.dtype)) // config.tensor_parallel_size
 
 
-@contextmanager
+@contextlib.contextmanager
 def phase(what: str) -> Iterator[None]:
     start = time.perf_counter()
     yield

@@ -11,7 +11,7 @@ inbox. XLA then launches the step's CUDA graph as it is, where one new address m
 import logging
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from threading import stack_size
@@ -23,12 +23,14 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
+from jax.stages import Lowered
 
 from jaxllm import sample, scheduler
 from jaxllm import step as device
 from jaxllm.batch import StepResult, pack, packed_size
 from jaxllm.cache import Cache, cache_shapes, make_cache
 from jaxllm.decoder import Decoder
+from jaxllm.executables import Executables
 from jaxllm.parallel import sharding
 from jaxllm.plan import GIB, Bucket, Plan
 from jaxllm.request import ConfigError
@@ -71,14 +73,17 @@ class RowState:
 
 
 class Runner:
-    """A model ready to run the plan's steps once `compile` has returned."""
+    """A model ready to run the plan's steps once `compile` and then `start` have returned.
+
+    decoder: the network, of arrays or of what stands for them (`WeightShapes`): compiling need not wait for weights.
+    """
 
     def __init__(self, decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str):
         self.plan, self.model = plan, decoder.c
         self._mesh, self._implementation = mesh, implementation
         self._graph, state = nnx.split(decoder)
         leaves, self._tree = jax.tree.flatten(state)
-        self._params = tuple(leaves)
+        self._params = tuple(leaves)  # shapes, until `start`
         self._everywhere = sharding(mesh, ())
         self._cache: Cache = []
         self._state = self._empty_state()
@@ -110,21 +115,33 @@ class Runner:
 
     # ------------------------------------------------------------------ compiling
 
-    def compile(self) -> None:
-        """Compiles every shape, in threads, and runs each once on padding, so that nothing is left for the first request.
+    def compile(self, kept: Executables | None = None) -> None:
+        """Compiles every shape, or takes what an earlier start kept.
 
-        The cache is allocated after that: XLA tries kernels on the device as it compiles, and needs room for it.
         Raises ConfigError if the largest step does not fit into what the plan set aside for it.
         """
         jobs = self._jobs()
         before = stack_size(_COMPILER_STACK)
         try:
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                for job, compiled in zip(jobs, pool.map(_Job.compile, jobs), strict=True):
-                    job.home[job.key] = compiled
+                restored = [None] * len(jobs) if kept is None else pool.map(kept.get, [job.name for job in jobs])
+                # Lowered one after the other: that holds Python's lock, and threads would only fight for it. Compiling lets it go.
+                made = [pool.submit(job.lower().compile) if done is None else done for job, done in zip(jobs, restored, strict=True)]
         finally:
             stack_size(before)
+        compiled = {job.name: m.result() if isinstance(m, Future) else m for job, m in zip(jobs, made, strict=True)}
+        for job in jobs:
+            job.home[job.key] = compiled[job.name]
         self._check_memory()
+        if kept is not None:
+            kept.keep(compiled)
+
+    def start(self, decoder: Decoder) -> None:
+        """Takes the weights, allocates the cache and runs each shape once on padding, so that nothing is left for the first request.
+
+        Only now, because XLA tries kernels on the device as it compiles, and needs room for it.
+        """
+        self._params = tuple(jax.tree.leaves(nnx.state(decoder)))
         self._cache = make_cache(self.plan, self.model, self._mesh)
         self._inboxes = self._zeros({b: jax.ShapeDtypeStruct((packed_size(b),), jnp.int32) for b in self._steps})
         self._ports = {m: self._zeros(device.Ports.shapes(m, self.model.vocab_size)) for m in self._takes}
@@ -255,9 +272,9 @@ class _Job:
     args: tuple
     options: dict[str, Any]
 
-    def compile(self) -> Callable:
+    def lower(self) -> Lowered:
         # Donated ports are only written, so they must not be dropped as unused.
-        return self.jit(keep_unused=True, compiler_options=_OPTIONS | self.options).lower(*self.args).compile()
+        return self.jit(keep_unused=True, compiler_options=_OPTIONS | self.options).lower(*self.args)
 
 
 def _load(inbox: Array, packed: Array) -> Array:

@@ -98,15 +98,14 @@ def _copy(copy: tuple[np.ndarray, np.ndarray]) -> int:
     return stored.nbytes
 
 
-class RandomWeights:
-    """Arrays nobody trained: N(0, 0.02²), norms the identity, so that activations stay in range. Made on the devices.
+class WeightShapes:
+    """Shapes, types and places instead of arrays: all that compiling wants to know, before a single weight is read.
 
-    `shapes` as from tensor_shapes; `norm_bias` as in ModelConfig. The same seed gives the same network, whatever the mesh.
+    `shapes` as from tensor_shapes.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], mesh: Mesh, dtype, seed: int = 0, *, norm_bias: float = 0.0):
-        self.shapes, self.mesh, self.dtype, self._one = shapes, mesh, jnp.dtype(dtype), 1.0 - norm_bias
-        self._key = jax.random.key(seed)
+    def __init__(self, shapes: Mapping[str, Shape], mesh: Mesh, dtype):
+        self.shapes, self.mesh, self.dtype = shapes, mesh, jnp.dtype(dtype)
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -114,19 +113,39 @@ class RandomWeights:
     def shape(self, name: str) -> Shape:
         return self.shapes[name]
 
+    def __call__(self, name: str, shape: Shape, axes: Axes) -> Any:
+        return self._struct([name], [shape], axes)
+
+    def fused(self, names: Sequence[str], shapes: Sequence[Shape], axes: Axes) -> Any:
+        return self._struct(names, shapes, axes)
+
+    def _struct(self, names: Sequence[str], shapes: Sequence[Shape], axes: Axes) -> jax.ShapeDtypeStruct:
+        """What stands for these tensors as one array. Raises ValueError if they are not `shapes` by the config."""
+        if [self.shapes[name] for name in names] != list(shapes):
+            raise ValueError(f"{names} are {[self.shapes[name] for name in names]} by the config, but the model asks for {shapes}")
+        shape = _fused_shape(shapes)
+        return jax.ShapeDtypeStruct(shape, self.dtype, sharding=parallel.sharding(self.mesh, axes, shape))
+
+
+class RandomWeights(WeightShapes):
+    """Arrays nobody trained: N(0, 0.02²), norms the identity, so that activations stay in range. Made on the devices.
+
+    `norm_bias` as in ModelConfig. The same seed gives the same network, whatever the mesh.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape], mesh: Mesh, dtype, seed: int = 0, *, norm_bias: float = 0.0):
+        super().__init__(shapes, mesh, dtype)
+        self._one, self._key = 1.0 - norm_bias, jax.random.key(seed)
+
     def __call__(self, name: str, shape: Shape, axes: Axes) -> jax.Array:
-        if self.shapes[name] != shape:
-            raise ValueError(f"{name!r} is {self.shapes[name]} by the config, but the model asks for {shape}")
+        where = self._struct([name], [shape], axes).sharding
         *_, part, kind = name.split(".")
-        where = parallel.sharding(self.mesh, axes, shape)
         if part in NORMS:
             return _constant(shape, self.dtype, where)(self._one if kind == "weight" else 0.0)
         return _normal((shape,), 1, self.dtype, where)([self._key_of(name)])
 
     def fused(self, names: Sequence[str], shapes: Sequence[Shape], axes: Axes) -> jax.Array:
-        if [self.shapes[name] for name in names] != list(shapes):
-            raise ValueError(f"{names} are {[self.shapes[name] for name in names]} by the config, but the model asks for {shapes}")
-        where = parallel.sharding(self.mesh, axes, _fused_shape(shapes))
+        where = self._struct(names, shapes, axes).sharding
         keys = [self._key_of(name) for name in names]
         return _normal(tuple(shapes), parallel.shards(self.mesh, axes[0]), self.dtype, where)(keys)
 

@@ -45,6 +45,7 @@ def runner(name: str, devices: int = 1, kv_dtype: str | None = None) -> Runner:
     mesh = make_mesh(jax.devices()[:devices])
     made = Runner(model, plan, mesh, "reference")
     made.compile()
+    made.start(model)
     return made
 
 
