@@ -2,7 +2,7 @@
 
     jaxllm bench startup --model qwen2.5-0.5b --load-format dummy
 
-"Nothing cached" is a fresh folder for everything that JAX, XLA, CUDA and Triton keep of compiling; weights may lie in the page cache,
+"Nothing cached" is a fresh folder for everything that jaxllm, CUDA and Triton keep of compiling; weights may lie in the page cache,
 and Python's own bytecode is as the installation left it. The phases are the ones that the server logs.
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 from bench import record, workloads
 
 PHASE = re.compile(r"\b(?:INFO )?([a-z][\w ]*?) {2,}(\d+\.\d+) s$")
-CACHES = ("XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR", "CUDA_CACHE_PATH", "TRITON_CACHE_DIR")
+CACHES = ("XDG_CACHE_HOME", "CUDA_CACHE_PATH", "TRITON_CACHE_DIR")
 POLL_S = 0.01
 
 

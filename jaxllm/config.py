@@ -17,6 +17,7 @@ class EngineConfig:
     max_model_len: prompt and answer together, in tokens; -1 ("auto") is the most that memory allows.
     gpu_memory_utilization: the fraction of each device's total memory that weights, cache and step may take together.
     block_size: tokens in a page of the KV cache.
+    max_num_batched_tokens: prompt tokens in a step. None: thousands while nobody waits for tokens one by one, else some 60 ms of them.
     attention_backend: which of pallas_kernels' implementations attends; auto is the fastest that was measured for the device.
     kv_cache_dtype: auto keeps keys and values in `dtype`; fp8 (e4m3, each number by itself) takes half the memory, and rounds them.
     """

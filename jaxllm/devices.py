@@ -34,7 +34,6 @@ def choose_devices(config: EngineConfig) -> list[Any]:
         jax.config.update("jax_cuda_visible_devices", ",".join(map(str, range(count))))
         if config.device != "auto":
             jax.config.update("jax_platforms", config.device)
-        _use_cache()
     try:
         devices = jax.devices()
     except RuntimeError as error:
@@ -72,21 +71,13 @@ def _total_memory(ordinal: int) -> int:
 
 
 def cache_folder() -> Path | None:
-    """Where compiled steps are kept: beside what JAX keeps. None if JAX keeps nothing."""
-    folder = jax.config.jax_compilation_cache_dir
-    return None if folder is None else Path(folder) / "steps"
+    """Where compiled steps are kept. None if JAX was told to keep what it compiles: what it has read back cannot be written again."""
+    if jax.config.jax_compilation_cache_dir is not None:
+        return None
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxllm"
 
 
 def _started() -> bool:
     from jax._src import xla_bridge  # there is no public way to ask
 
     return xla_bridge.backends_are_initialized()
-
-
-def _use_cache() -> None:
-    """Compiled steps are kept in the user's cache directory, so that the second start is a quick one."""
-    if jax.config.jax_compilation_cache_dir is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "jaxllm" / "xla"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

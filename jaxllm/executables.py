@@ -1,8 +1,8 @@
 """Compiled executables, kept between starts in one file for each way of starting.
 
-JAX's own cache spares a second start XLA's work, but not tracing and lowering, which hold Python's lock: 0.3 to 0.7 s a shape. Reading an
-executable back takes 20 ms (8B on an H200: 20 shapes in 0.9 s instead of 23). The price is that nobody looks at the program any more, so a
-file's name is a digest of all that decides it: our source, the versions, the devices, JAX's settings, and what the caller adds.
+JAX's own cache would spare a second start XLA's work, but not tracing and lowering, which hold Python's lock: 0.3 to 0.6 s a shape. Reading
+one back takes 20 ms (8B on an H200: 20 shapes in 0.6 s instead of 23). The price is that nobody looks at the program any more, so a file's
+name is a digest of all that decides it: our source, the versions, the devices, JAX's settings, and what the caller adds.
 """
 
 import contextlib
@@ -34,6 +34,11 @@ class Executables:
 
     def __init__(self, folder: Path | None, devices: Sequence[Any], *made_from: object):
         self._devices = devices
+        # XLA's choices among matmul kernels are kept too: they are timed, so they differ from start to start, and with them the last bits.
+        self.options: dict[str, Any] = {}
+        if folder is not None and devices[0].platform == "gpu":
+            with contextlib.suppress(OSError):  # `keep` will complain
+                self.options["xla_gpu_per_fusion_autotune_cache_dir"] = str(_made(folder / "autotune"))
         self._path = folder and folder / f"{_digest(*made_from, _surroundings(devices))}.executables"
         self._kept: dict[str, tuple] = {}
         if self._path is not None and self._path.exists():
@@ -51,15 +56,21 @@ class Executables:
 
     def get(self, name: str) -> Compiled | None:
         """The executable, ready to run; None if it was not kept. Any thread may ask."""
-        found = self._kept.get(name)
-        return None if found is None else serialize_executable.deserialize_and_load(*found, execution_devices=self._devices)
+        if (found := self._kept.get(name)) is None:
+            return None
+        try:
+            return serialize_executable.deserialize_and_load(*found, execution_devices=self._devices)
+        except (jax.errors.JaxRuntimeError, pickle.UnpicklingError) as error:
+            log.warning("%s in %s cannot be loaded (%s): compiling it again", name, self._path, error)
+            del self._kept[name]
+            return None
 
     def keep(self, made: Mapping[str, Compiled]) -> None:
         """Replaces what is kept, unless it is there already. A full disk or a folder that nobody may write to costs only a warning."""
         if self._path is None or self._kept.keys() == made.keys():
             return
         try:
-            self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            _made(self._path.parent)
             with tempfile.NamedTemporaryFile(dir=self._path.parent, delete=False) as file:  # whole or not at all, whoever else starts
                 pickle.dump({name: serialize_executable.serialize(executable) for name, executable in made.items()}, file)
             os.replace(file.name, self._path)
@@ -68,6 +79,11 @@ class Executables:
                 path.unlink(missing_ok=True)
         except OSError as error:
             log.warning("compiled steps cannot be kept for the next start: %s", error)
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder
 
 
 def _digest(*values: object) -> str:

@@ -14,6 +14,7 @@ GIB = 2**30
 PAGE_SIZE = 64  # measured best with the Mosaic kernels; whole pages are what prompts share
 LARGE = 60 * GIB  # from this device memory on, steps are sized for throughput; below, weights need most of it
 SLACK = 5 * GIB // 4  # the allocator's rounding, CUDA graphs
+PACE = 4e13  # operations on prompts in a step while answers are streamed: 60 ms on an H200, the pause between two of their tokens
 WORKSPACE = 128 * 2**20  # what XLA counts among a step's temporaries for cuBLAS, however small the step
 CPU_CACHE_BYTES = 1 * GIB  # what the KV cache may take on a CPU, where there is no device memory to divide
 
@@ -57,6 +58,7 @@ class Plan:
     enable_prefix_caching: bool
     max_logprobs: int
     tensor_parallel_size: int
+    streamed_chunk: int | None = None  # prompt tokens a step takes at most while some answer is streamed; None: as many as ever
     kv_dtype: str | None = None  # of the pages, where it is not dtype
     step_bytes: int | None = None  # device memory set aside for the temporaries of one step; None on a CPU
 
@@ -139,6 +141,7 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
         enable_prefix_caching=config.enable_prefix_caching,
         max_logprobs=config.max_logprobs,
         tensor_parallel_size=config.tensor_parallel_size,
+        streamed_chunk=config.max_num_batched_tokens or _paced(chunks, weight_bytes),
         kv_dtype=kv_dtype,
         step_bytes=None if machine.memory is None else step_bytes,
     )
@@ -181,6 +184,11 @@ def _chunks(config: EngineConfig, machine: Machine) -> list[int]:
     if most < 1:
         raise ConfigError(f"--max-num-batched-tokens must be at least 1, but it is {most}")
     return [most] if config.enforce_eager else sorted({*(s for s in sizes if s < most), most})
+
+
+def _paced(chunks: list[int], weight_bytes: int) -> int:
+    """The largest chunk whose products keep the pace: an operation a token for each byte of 16-bit weights."""
+    return max([size for size in chunks if size * weight_bytes <= PACE], default=chunks[0])
 
 
 def _buckets(rows: int, chunks: list[int], eager: bool, machine: Machine) -> tuple[Bucket, ...]:

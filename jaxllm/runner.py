@@ -1,8 +1,8 @@
 """Owns the parameters, the KV pages and the row state on the device, and one compiled step for each bucket.
 
 Everything is compiled before the engine says ready; a shape that was not is a KeyError. `run` dispatches and returns at
-once; the tokens are on their way to the host and wait in the Handle. A step is one executable that also takes the
-likeliest tokens; when some row samples, a second small one draws over the same logits.
+once; the tokens are on their way to the host and wait in the Handle. A step is one executable that also draws each row's
+token; when some row's logits are to be edited first, a second small one draws again over the same logits.
 
 A step's inputs and outputs keep their addresses: what it makes goes to donated ports, what it is told is copied into an
 inbox. XLA then launches the step's CUDA graph as it is, where one new address makes it look through every node.
@@ -90,7 +90,6 @@ class Runner:
         self._steps: dict[Bucket, Callable] = {}
         self._loads: dict[Bucket, Callable] = {}
         self._takes: dict[int, Callable] = {}
-        self._draws: dict[int, Callable] = {}
         self._edited_draws: dict[int, Callable] = {}
         self._admits: dict[str, Callable] = {}
         self._inboxes: dict[Bucket, Array] = {}
@@ -120,13 +119,13 @@ class Runner:
 
         Raises ConfigError if the largest step does not fit into what the plan set aside for it.
         """
-        jobs = self._jobs()
+        jobs, options = self._jobs(), _OPTIONS | (kept.options if kept else {})
         before = stack_size(_COMPILER_STACK)
         try:
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
                 restored = [None] * len(jobs) if kept is None else pool.map(kept.get, [job.name for job in jobs])
                 # Lowered one after the other: that holds Python's lock, and threads would only fight for it. Compiling lets it go.
-                made = [pool.submit(job.lower().compile) if done is None else done for job, done in zip(jobs, restored, strict=True)]
+                made = [pool.submit(job.lower(options).compile) if done is None else done for job, done in zip(jobs, restored, strict=True)]
         finally:
             stack_size(before)
         compiled = {job.name: m.result() if isinstance(m, Future) else m for job, m in zip(jobs, made, strict=True)}
@@ -163,16 +162,14 @@ class Runner:
         precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
         for b in steps:
             ports, inbox = device.Ports.shapes(b.rows, self.model.vocab_size), f((packed_size(b),), jnp.int32)
-            args = (self._params, cache, s.last_S, s.table_SP, inbox, ports)
+            args = (self._params, cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, ports)
             step = precision(partial(self._step, b))
-            job(str(b), self._steps, b, step, args, (1, 2, 3, 5), (out, *[self._everywhere] * 4), _LARGE if b.chunk else None)
+            job(str(b), self._steps, b, step, args, (1, 2, 3, 7), (out, *[self._everywhere] * 4), _LARGE if b.chunk else None)
             job(f"{b}'s inbox", self._loads, b, _load, (inbox, inbox), (0,))
         for m in sorted({b.rows for b in steps}):
             ports = device.Ports.shapes(m, self.model.vocab_size)
             how = (self._mesh, self._implementation)
             job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_M,), ())
-            args = (s.last_S, s.floats_SF, s.ints_SI, ports.head_3M, ports.tokens_M, ports.logits_MV)
-            job(f"draw of {m}", self._draws, m, partial(device.draw, *how), args, (0,))
             args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, ports.head_3M, ports.logits_MV)
             edited = partial(device.draw_edited, *how, count=self.plan.max_logprobs)
             job(f"edited draw of {m}", self._edited_draws, m, edited, args, (0, 1))
@@ -181,13 +178,14 @@ class Runner:
         job("edits", self._admits, "edits", device.admit_edits, (s.edits_SE, s.counts_SV, s.in_prompt_SV, *spare), (0, 1, 2))
         return jobs
 
-    def _step(self, bucket: Bucket, params, cache: Cache, last_S: Array, table_SP: Array, inbox: Array, ports: device.Ports):
+    def _step(self, bucket: Bucket, params, *arrays):
+        """`arrays`: as `model_step` takes them, and the ports, whose memory its results get."""
         decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, params))
-        return device.model_step(decoder, self.plan, self._mesh, self._implementation, bucket, cache, last_S, table_SP, inbox)
+        return device.model_step(decoder, self.plan, self._mesh, self._implementation, bucket, *arrays[:-1])
 
     def _check_memory(self) -> None:
         """A step must fit beside weights and cache. It is XLA's own figure, not a trial run's."""
-        compiled = [*self._steps.values(), *self._draws.values(), *self._edited_draws.values()]
+        compiled = [*self._steps.values(), *self._edited_draws.values()]
         needed = max(c.memory_analysis().temp_size_in_bytes for c in compiled)
         log.debug("the largest step needs %.2f GiB beside weights and cache", needed / GIB)
         if self.plan.step_bytes is not None and needed > self.plan.step_bytes:
@@ -200,7 +198,6 @@ class Runner:
         for bucket in self._steps:
             self._dispatch(Step([], bucket))
             self._takes[bucket.rows](self._ports[bucket.rows].tokens_M)
-            self._draw(bucket.rows)
             self._draw_edited(bucket.rows)
         self._admit_rows([])
         self._admit_edits(None)
@@ -209,7 +206,7 @@ class Runner:
     # ------------------------------------------------------------------ running
 
     def run(self, step: Step) -> Handle:
-        """Dispatches a step: new rows' state first, then the model, then the draw if a row samples."""
+        """Dispatches a step: new rows' state first, then model and draw, then another draw if a row's logits are edited."""
         for start in range(0, len(step.admitted), ADMITTED):
             self._admit_rows(step.admitted[start : start + ADMITTED])
         for sequence in step.admitted:
@@ -221,8 +218,6 @@ class Runner:
         if any(p.edits for p in sampling):
             tokens, *found = self._draw_edited(rows)
             logprobs = tuple(found) if any(p.logprobs is not None for p in sampling) else None
-        elif any(not p.greedy for p in sampling):
-            tokens = self._draw(rows)
         else:
             tokens = self._takes[rows](self._ports[rows].tokens_M)
         return Handle(tokens, logprobs, prompt if step.bucket.scored else None)
@@ -232,14 +227,9 @@ class Runner:
         run = self._steps[bucket]
         inbox = self._inboxes[bucket] = self._loads[bucket](self._inboxes[bucket], pack(step, self.plan))
         self._cache, s.last_S, s.table_SP, self._ports[bucket.rows], prompt = run(
-            self._params, self._cache, s.last_S, s.table_SP, inbox, self._ports[bucket.rows]
+            self._params, self._cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, self._ports[bucket.rows]
         )
         return prompt
-
-    def _draw(self, rows: int) -> Array:
-        s, ports = self._state, self._ports[rows]
-        s.last_S, tokens = self._draws[rows](s.last_S, s.floats_SF, s.ints_SI, ports.head_3M, ports.tokens_M, ports.logits_MV)
-        return tokens
 
     def _draw_edited(self, rows: int) -> list[Array]:
         s, ports = self._state, self._ports[rows]
@@ -272,9 +262,9 @@ class _Job:
     args: tuple
     options: dict[str, Any]
 
-    def lower(self) -> Lowered:
+    def lower(self, options: dict[str, Any]) -> Lowered:
         # Donated ports are only written, so they must not be dropped as unused.
-        return self.jit(keep_unused=True, compiler_options=_OPTIONS | self.options).lower(*self.args)
+        return self.jit(keep_unused=True, compiler_options=options | self.options).lower(*self.args)
 
 
 def _load(inbox: Array, packed: Array) -> Array:

@@ -66,18 +66,15 @@ def greedy(logits_BV: Array) -> Array:
     return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
 
 
-def sample(
-    logits_BV: Array, sampling: Sampling, position_B: Array, likeliest_B: Array | None = None, *, implementation: str = "reference"
-) -> Array:
+def sample(logits_BV: Array, sampling: Sampling, position_B: Array, *, implementation: str = "reference") -> Array:
     """A token of each row, int32 [B], drawn as vLLM does: temperature, min_p, top_k, top_p; temperature 0 takes the likeliest.
 
     Randomness comes from (seed, position) alone, where `position_B` is the place in the sequence that the token will have: the same row
-    gives the same token in any batch, at any row index, after any preemption. `likeliest_B` saves looking for them again.
+    gives the same token in any batch, at any row index, after any preemption.
     """
-    likeliest_B = greedy(logits_BV) if likeliest_B is None else likeliest_B
     temperature_B = jnp.where(sampling.temperature_B < _GREEDY_BELOW, 0.0, sampling.temperature_B)
     choice = Choice(temperature_B, sampling.top_p_B, sampling.min_p_B, sampling.top_k_B, sampling.seed_B, position_B)
-    return draw(logits_BV, likeliest_B, choice, implementation=implementation)
+    return draw(logits_BV, greedy(logits_BV), choice, implementation=implementation)
 
 
 def penalize(logits_BV: Array, counts_BV: Array, in_prompt_BV: Array, sampling: Sampling) -> Array:

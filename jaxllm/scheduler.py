@@ -112,7 +112,7 @@ class Scheduler:
         # A sequence further down may have been preempted for one further up only before its own turn, never after.
         admitted: list[Sequence] = []
         room = self.plan.largest
-        left = room.chunk
+        left = self._chunk(rows)
         for sequence in self.running:
             if left and len(rows) < room.rows and sequence.todo > 1:
                 rows.append(row := self._row(sequence, min(sequence.todo, left)))
@@ -126,6 +126,12 @@ class Scheduler:
         if not rows:
             return self._scored_step(admitted)
         return Step(rows, self.plan.bucket(len(rows), sum(r.count for r in rows if r.chunked)), admitted)
+
+    def _chunk(self, rows: list[Row]) -> int:
+        """How many prompt tokens may run beside `rows`, which decode: fewer if somebody waits for the next token of one."""
+        most, paced = self.plan.largest.chunk, self.plan.streamed_chunk
+        prompts = self.waiting or len(rows) < len(self.running)
+        return paced if paced and prompts and any(row.sequence.request.stream for row in rows) else most
 
     def _scored_step(self, admitted: list[Sequence] | None = None) -> Step | None:
         """A prompt whose log-probabilities are wanted runs by itself: the logits of all its tokens must fit."""

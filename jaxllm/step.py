@@ -1,4 +1,4 @@
-"""What runs on the device in one step, as pure functions that Runner compiles: the model, the draw, and the admission of rows.
+"""What runs on the device in one step, as pure functions that Runner compiles: model and draw, and the admission of rows.
 
 S row slots and the spare one that padding uses, M rows of a bucket, T chunk lanes, N = M + T tokens, P pages of a row,
 V vocabulary, C log-probabilities wanted, A rows admitted at once.
@@ -77,16 +77,22 @@ def model_step(
     cache: Cache,
     last_S: Array,
     table_SP: Array,
+    floats_SF: Array,
+    ints_SI: Array,
     inbox: Array,
 ) -> tuple[Cache, Array, Array, Ports, tuple[Array, ...]]:
-    """One step: (cache, last_S, table_SP, ports, prompt log-probabilities of a scored bucket). `inbox` is what `batch.pack` made."""
+    """One step: (cache, last_S, table_SP, ports, prompt log-probabilities of a scored bucket). `inbox` is what `batch.pack` made.
+
+    Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
+    """
     batch, table_SP = unpack(inbox, bucket, plan.page_size, last_S, table_SP)
     context = PagedContext(batch.rows, batch.kv_slot_N, _works(decoder.c, plan, implementation, batch.rows, bucket.chunk), mesh)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     logits_MV = decoder.logits(hidden_ND[batch.logit_lane_M])
-    tokens_M = sample.greedy(logits_MV)
-    last_S = _remember(last_S, batch.slot_M, batch.samples_M, tokens_M)
     head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
+    sampling = sample.Sampling.unpack(floats_SF[batch.slot_M], ints_SI[batch.slot_M])
+    tokens_M = _sample(mesh, implementation, logits_MV, sampling, head_3M)
+    last_S = _remember(last_S, batch.slot_M, batch.samples_M, tokens_M)
     prompt = ()
     if bucket.scored:
         prompt = sample.logprobs(decoder.logits(hidden_ND[bucket.rows :]), batch.target_T, plan.max_logprobs)
@@ -114,23 +120,13 @@ def _remember(last_S: Array, slot_M: Array, samples_M: Array, tokens_M: Array) -
     return last_S.at[jnp.where(samples_M, slot_M, last_S.shape[0] - 1)].set(tokens_M)
 
 
-def draw(
-    mesh: Mesh, implementation: str, last_S: Array, floats_SF: Array, ints_SI: Array, head_3M: Array, likeliest_M: Array, logits_MV: Array
-) -> tuple[Array, Array]:
-    """(last_S, tokens_M) of rows that sample by temperature, top-k, top-p and min-p."""
-    slot_M, _, samples_M = head_3M
-    sampling = sample.Sampling.unpack(floats_SF[slot_M], ints_SI[slot_M])
-    tokens_M = _sample(mesh, implementation, logits_MV, sampling, head_3M, likeliest_M)
-    return _remember(last_S, slot_M, samples_M > 0, tokens_M), tokens_M
-
-
-def _sample(mesh: Mesh, implementation: str, logits_MV: Array, sampling: sample.Sampling, head_3M: Array, likeliest_M: Array) -> Array:
+def _sample(mesh: Mesh, implementation: str, logits_MV: Array, sampling: sample.Sampling, head_3M: Array) -> Array:
     _, length_M, samples_M = head_3M
     sampling = replace(sampling, temperature_B=jnp.where(samples_M > 0, sampling.temperature_B, 0.0))  # no work for rows without a token
     local = partial(sample.sample, implementation=implementation)
     if mesh.size > 1:  # the same on every device
         local = jax.shard_map(local, mesh=mesh, in_specs=spec(()), out_specs=spec(()), check_vma=False)
-    return local(logits_MV, sampling, length_M, likeliest_M)
+    return local(logits_MV, sampling, length_M)
 
 
 EDITS = 2 * MAX_BIAS + MAX_STOP_IDS + 1  # bias ids, bias values (as bits), stop ids, the length below which those are banned
@@ -149,7 +145,7 @@ def draw_edited(mesh, implementation, last_S, counts_SV, floats_SF, ints_SI, edi
     edited = sample.penalize(logits_MV, counts_SV[slot_M], in_prompt_SV[slot_M], sampling)
     edited = sample.bias(edited, bias_ids, values)
     edited = sample.ban(edited, jnp.where((length_M < edits[:, -1])[:, None], stop_ids, -1))
-    tokens_M = _sample(mesh, implementation, edited, sampling, head_3M, sample.greedy(edited))
+    tokens_M = _sample(mesh, implementation, edited, sampling, head_3M)
     counts_SV = counts_SV.at[slot_M, tokens_M].add((samples_M > 0).astype(counts_SV.dtype))
     return _remember(last_S, slot_M, samples_M > 0, tokens_M), counts_SV, tokens_M, *sample.logprobs(logits_MV, tokens_M, count)
 

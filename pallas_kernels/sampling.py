@@ -101,6 +101,10 @@ def waits(seed: Array, position: Array, turn: Array, index: Array) -> tuple[Arra
 
 def _reference(logits_BV: Array, likeliest_B: Array, choice: Choice) -> Array:
     greedy_B = choice.temperature_B <= 0
+    return lax.cond(greedy_B.all(), lambda: likeliest_B, lambda: _drawn(logits_BV, likeliest_B, choice, greedy_B))
+
+
+def _drawn(logits_BV: Array, likeliest_B: Array, choice: Choice, greedy_B: Array) -> Array:
     temperature_B = jnp.where(greedy_B, 1.0, choice.temperature_B)
     peak_B = jnp.take_along_axis(logits_BV, likeliest_B[:, None], axis=1)[:, 0]
     floor_B = jnp.maximum(peak_B + temperature_B * jnp.log(choice.min_p_B), _LOWEST)

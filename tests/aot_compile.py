@@ -33,6 +33,7 @@ from jaxllm.batch import packed_size
 from jaxllm.cache import cache_shapes
 from jaxllm.decoder import Decoder
 from jaxllm.plan import Bucket, Plan
+from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step
 from pallas_kernels import blocks
 from pallas_kernels.shapes import CORRECT
@@ -106,13 +107,14 @@ def step(target: Target, implementation: str, kv_dtype: str | None = None, donat
     cache = cache_shapes(plan, model, here)
     ints = partial(Shape, dtype=jnp.int32)
 
-    def run(leaves, cache, last_S, table_SP, inbox, ports):
+    def run(leaves, *arrays):
         decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        return model_step(decoder, plan, target.mesh, implementation, bucket, cache, last_S, table_SP, inbox)
+        return model_step(decoder, plan, target.mesh, implementation, bucket, *arrays[:-1])
 
     ports = Ports.shapes(bucket.rows, model.vocab_size)
-    args = tuple(leaves), cache, ints((65,)), ints((65, plan.max_pages)), ints((packed_size(bucket),)), ports
-    compiled, thunks = target.compile(run, *args, donate_argnums=(1, 2, 3, 5) if donate else (), keep_unused=True)
+    sampling = Shape((65, FLOATS), dtype=jnp.float32), ints((65, INTS))
+    args = tuple(leaves), cache, ints((65,)), ints((65, plan.max_pages)), *sampling, ints((packed_size(bucket),)), ports
+    compiled, thunks = target.compile(run, *args, donate_argnums=(1, 2, 3, 7) if donate else (), keep_unused=True)
     memory: Any = compiled.memory_analysis()
     pages = cache[0][0]
     makers = re.findall(rf"= \w+\[{','.join(map(str, pages.shape))}\]\S* ([\w-]+)\(", str(compiled.as_text()))

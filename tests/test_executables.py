@@ -1,5 +1,6 @@
 """Executables kept between starts: what comes back runs, anything that decides them changes the file, and a bad file costs nothing."""
 
+import pickle
 from dataclasses import dataclass
 
 import jax
@@ -67,6 +68,20 @@ def test_a_damaged_file_means_compiling_again(tmp_path, content, caplog):
     assert "compiling again" in caplog.text
     damaged.keep({"double": compiled(2.0)})
     assert Executables(tmp_path, ONE, 1).get("double") is not None
+
+
+def test_what_the_device_refuses_is_compiled_again(tmp_path, caplog):
+    made = {"double": compiled(2.0), "triple": compiled(3.0)}
+    Executables(tmp_path, ONE, 1).keep(made)
+    [path] = tmp_path.iterdir()
+    kept = pickle.loads(path.read_bytes())
+    payload, *trees = kept["triple"]
+    path.write_bytes(pickle.dumps(kept | {"triple": (payload[: len(payload) // 2], *trees)}))
+    again = Executables(tmp_path, ONE, 1)
+    assert again.get("double") is not None and again.get("triple") is None
+    assert "compiling it again" in caplog.text
+    again.keep(made)
+    assert Executables(tmp_path, ONE, 1).get("triple") is not None
 
 
 def test_only_so_many_files_stay(tmp_path):

@@ -106,3 +106,13 @@ def test_what_does_not_fit_is_refused_with_both_numbers(options, message):
 def test_weights_that_leave_no_room_are_refused():
     with pytest.raises(ConfigError, match=r"the weights take 40\.00 GiB and leave no room for a single page"):
         plan(SMALL_GPU, weights=40 * GIB, max_model_len=-1)
+
+
+@pytest.mark.parametrize(("gib", "chunk"), [(1, 8192), (15, 2048), (35, 512), (130, 512)])
+def test_prompts_beside_streamed_answers_keep_a_pace(gib, chunk):
+    """60 ms of products: two bytes a parameter, two operations a parameter and token."""
+    assert plan(weights=gib * GIB).streamed_chunk == chunk
+
+
+def test_a_chunk_that_was_asked_for_is_taken():
+    assert plan(max_num_batched_tokens=4096).streamed_chunk == 4096

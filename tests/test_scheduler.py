@@ -1,5 +1,7 @@
 """Pages and scheduling against the token oracle: whatever arrives, leaves or is preempted, every answer is the one it would be alone."""
 
+from dataclasses import replace
+
 import pytest
 from fake_runner import FakeRunner, expected
 from hypothesis import HealthCheck, settings
@@ -10,6 +12,7 @@ from jaxllm.core import Core
 from jaxllm.pages import OutOfPages, PagePool, chain
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import Request, RequestError, SamplingParams
+from jaxllm.scheduler import Scheduler, Sequence
 
 VOCAB, EOS = 50, frozenset({7})
 
@@ -239,3 +242,19 @@ def test_pool_evicts_the_oldest_and_leaves_of_a_chain_first():
 def test_digests_depend_on_everything_before_them():
     assert chain([1, 2, 3, 4], 2)[1] != chain([9, 2, 3, 4], 2)[1]
     assert chain([1, 2, 3, 4, 5], 2) == chain([1, 2, 3, 4], 2)
+
+
+@pytest.mark.parametrize(("stream", "chunks"), [(True, [8, 4, 4, 4]), (False, [8, 8, 4])])
+def test_a_streamed_answer_is_not_kept_waiting_by_large_chunks(stream, chunks):
+    """Prompts of 4 and 16 tokens: once the first answer has begun, each step takes at most 4 tokens of the other prompt."""
+    plan = replace(make_plan(pages=40, rows=2, chunk=8, small=4, prefix=False), streamed_chunk=4)
+    scheduler = Scheduler(plan)
+    for name, length in (("first", 4), ("second", 16)):
+        made = replace(request(name, range(length), max_tokens=20), stream=stream)
+        scheduler.add(Sequence(made, 0, 0, 40))
+    seen = []
+    while sum(seen) < 20:
+        step = scheduler.next()
+        assert step is not None
+        seen.append(sum(row.count for row in step.rows if row.chunked))
+    assert seen == chunks
