@@ -75,13 +75,14 @@ class Tiles:
     """The prefill work list: tile i holds the chunk tokens [begin, begin + size) of the chunk lanes, all of one row.
 
     position_I: the position of a tile's first token; -1 where no row owns the lanes. size_I: its tokens, 0 for the unused tiles, which
-    come last. The longest contexts come first. count_1: how many tiles are used.
+    come last. length_I: the length of its row. The longest contexts come first. count_1: how many tiles are used.
     """
 
     row_I: Array
     begin_I: Array
     size_I: Array
     position_I: Array
+    length_I: Array
     count_1: Array
 
 
@@ -157,11 +158,13 @@ def tiles(rows: Rows, *, chunk: int, tile: int, gaps: bool = False) -> Tiles:
     size_I = jnp.where(index_I < start_U1[-1], jnp.minimum(size_U[run_I] - offset_I, tile), 0)
     position_I = jnp.where(position_U[run_I] < 0, -1, position_U[run_I] + offset_I)
     order_I = jnp.argsort(jnp.where(size_I > 0, -position_I, INT_MAX))
+    row_I = row_U[run_I][order_I]
     return Tiles(
-        row_I=row_U[run_I][order_I],
+        row_I=row_I,
         begin_I=(begin_U[run_I] + offset_I)[order_I],
         size_I=size_I[order_I],
         position_I=position_I[order_I],
+        length_I=rows.length_M[row_I],
         count_1=start_U1[-1:],
     )
 
