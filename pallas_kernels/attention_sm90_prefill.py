@@ -2,8 +2,8 @@
 
 A tile is a run of one row's chunk tokens with the query heads of one kv head, packed into 2 x 64 lines, a warpgroup each. The feeding
 warpgroup copies the tile's queries and the row's pages, newest first, by TMA into a ring of stages. Each attending warpgroup asks the
-tensor cores for the scores of the next KV block and for the output of the last one together, and exponentiates while they work; the two
-warpgroups take turns at asking, so that one multiplies while the other exponentiates. Only blocks on the diagonal, or at a window's far
+tensor cores for the scores of the next KV block and for the output of the last one together; the two take turns at asking, and the turn
+passes once the scores are there, so that one multiplies while the other exponentiates. Only blocks on the diagonal, or at a window's far
 edge, are masked.
 
 Letters: N tokens, I tiles, R the 64 lines of a warpgroup, S tokens in a KV block, H features.
@@ -21,9 +21,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention_combine import LOW
 from pallas_kernels.work import Rows, Tiles
 
+LOW = -1e30  # below every score, and finite: LOW - LOW is 0
 LINES = 64  # of a warpgroup: wgmma's M
 ATTENDING = 2  # warpgroups
 KV_BLOCK = 128
@@ -78,7 +78,7 @@ class _Options:
 def prefill(
     q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *, workers: int, scale, window, softcap, interpret
 ) -> Array:
-    """Attention of the chunk lanes -> [N, Q, H]; zeros in the chunk lanes that no row owns; the decode lanes are not written.
+    """Attention of the lanes that `tiles` has -> [N, Q, H]; zeros in those that no row owns; the others are not written.
 
     tiles: with gaps, see `work.tiles`. workers: thread blocks, one a multiprocessor.
     """
@@ -87,8 +87,7 @@ def prefill(
     first_lane = rows.length_M.shape[0]
     options = _Options(page_size, kv_heads, group, head_dim, first_lane, workers, scale, window, softcap, interpret)
     copies = max(1, KV_BLOCK // page_size)
-    plain = (ATTENDING * options.tokens, group, head_dim) if options.boxed else (ATTENDING * LINES, head_dim)
-    plain = plgpu.SMEM(plain, dtype)
+    plain = plgpu.SMEM((ATTENDING * options.tokens, group, head_dim) if options.boxed else (ATTENDING * LINES, head_dim), dtype)
     ring = plgpu.SMEM((STAGES, KV_BLOCK, head_dim), dtype, transforms=TILED)
     scratch = dict(
         q_plain=plain,
@@ -372,8 +371,9 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
             plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
             plgpu.wgmma(s_acc, mine.q_s, refs.k_s.at[stage].transpose((1, 0)))
             plgpu.wgmma(o_acc, p_RS, refs.v_s.at[last])
+            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
             plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
-            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
+            return found
 
         s_RS = pl.run_scoped(scores, ACC((LINES, KV_BLOCK), jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[stage])
