@@ -87,7 +87,9 @@ def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
     sets, rows = draw(case)
     heads = case.heads
     shape: dict[str, Any] = dict(page_size=case.page_size, kv_heads=heads.kv_heads, group=heads.group, head_dim=heads.head_dim)
-    plan = partial(plan_work, **shape, dtype=case.page_dtype, window=case.window, chunk=case.chunk, implementation=implementation)
+    plan = partial(
+        plan_work, **shape, dtype=case.page_dtype, window=case.window, chunk=case.chunk, decodes=case.decodes, implementation=implementation
+    )
     attend = jax.jit(partial(paged_attention, scale=heads.head_dim**-0.5, window=case.window, softcap=case.softcap))
 
     def chain(count: int) -> Callable:

@@ -86,7 +86,7 @@ def model_step(
     Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
     """
     batch, table_SP = unpack(inbox, bucket, plan.page_size, last_S, table_SP)
-    context = PagedContext(batch.rows, batch.kv_slot_N, _works(decoder.c, plan, implementation, batch.rows, bucket.chunk), mesh)
+    context = PagedContext(batch.rows, batch.kv_slot_N, _works(decoder.c, plan, implementation, batch.rows, bucket), mesh)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     logits_MV = decoder.logits(hidden_ND[batch.logit_lane_M])
     head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
@@ -99,7 +99,7 @@ def model_step(
     return cache, last_S, table_SP, Ports(tokens_M, logits_MV, head_3M), prompt
 
 
-def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, chunk: int) -> dict[str, Work]:
+def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:
     return {
         str(window): plan_work(
             rows,
@@ -109,7 +109,8 @@ def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, chun
             head_dim=model.head_dim,
             dtype=plan.page_dtype,
             window=window,
-            chunk=chunk,
+            chunk=bucket.chunk,
+            decodes=bucket.rows > 1 or not bucket.chunk,  # the scheduler puts a lone decode into a shape without chunk lanes
             implementation=implementation,
         )
         for window in {layer.window for layer in model.layers}

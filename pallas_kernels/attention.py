@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import attention_portable, attention_reference, attention_sm90, attention_sm90_prefill
+from pallas_kernels import attention_portable, attention_reference, attention_sm90_prefill
 from pallas_kernels.attention_combine import combine
 from pallas_kernels.blocks import Decode, Prefill, Shape, blocks
 from pallas_kernels.work import Rows, Shares, Tiles, Work, lanes, shares, tiles
@@ -33,11 +33,11 @@ class Reach:
     lacks: tuple[str, ...] = ()  # of sinks and lse
 
 
-# The first that reaches is taken. By its kernel alone sm90 is 1.4 times as fast as portable for the chunk lanes of 32/8 heads of 128 on an
-# H200. It goes first once a whole engine has run with it there; until then it is taken by name.
+# The first that reaches is taken. What sm90 has of its own is the prefill: on an H200 it was 1.3 to 1.6 times as fast as portable's with
+# 32/8 heads of 128 and 14/2 of 64. Its decode lanes go through portable's kernel.
 IMPLEMENTATIONS = {
+    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 17)), ("sinks", "lse")),
     "portable": Reach((8, 0), head_dims=tuple(range(8, 257, 8)), dtypes=("bfloat16", "float16", "float32", "float8_e4m3fn")),
-    "sm90": Reach((9, 0), (10, 0), (64, 128), ("bfloat16", "float16"), (16, 32, 64, 128, 256), tuple(range(1, 65)), ("sinks", "lse")),
     "reference": Reach(),
 }
 
@@ -103,6 +103,7 @@ def plan_work(
     dtype,
     window: int | None = None,
     chunk: int = 0,
+    decodes: bool = True,
     sinks: bool = False,
     lse: bool = False,
     implementation: str | None = None,
@@ -111,14 +112,16 @@ def plan_work(
     """The work lists of one step, for all layers of this shape and window.
 
     kv_heads, group: kv heads on this device and query heads for each of them. dtype: the pages'. window: a token sees itself and the
-    window - 1 tokens before it; None sees all. chunk: T, the chunk lanes of the step's bucket. sinks, lse: whether the calls will bring
-    sinks and want log-sum-exps. implementation: None takes what `implementation_for` says about the default device. interpret: run GPU
-    kernels in their interpreters, slowly, on a CPU. Raises NotImplementedError if the named implementation cannot do this, ValueError if
-    the arguments are wrong.
+    window - 1 tokens before it; None sees all. chunk: T, the chunk lanes of the step's bucket. decodes: False promises that no row
+    decodes, and leaves out the kernels for those that do. sinks, lse: whether the calls will bring sinks and want log-sum-exps.
+    implementation: None takes what `implementation_for` says about the default device. interpret: run GPU kernels in their interpreters,
+    slowly, on a CPU. Raises NotImplementedError if the named implementation cannot do this, ValueError if the arguments are wrong.
     """
     _check_rows(rows)
     if window is not None and window < 1:
         raise ValueError(f"window must be at least 1 token, got {window}")
+    if not chunk and not decodes:
+        raise ValueError("decodes is False in a step of 0 chunk lanes: there is nothing to attend")
     capability = capability_of(jax.devices()[0])
     shape: dict[str, Any] = dict(head_dim=head_dim, dtype=dtype, page_size=page_size, group=group, sinks=sinks, lse=lse)
     implementation = implementation or implementation_for(capability, **shape)
@@ -130,8 +133,8 @@ def plan_work(
     assert isinstance(decode, Decode) and isinstance(prefill, Prefill)
     return Work(
         lanes=None if kernel else lanes(rows, chunk),
-        shares=_shares(rows, implementation, kv_heads, head_dim, decode, window, interpret) if kernel else None,
-        tiles=_tiles(rows, implementation, group, prefill, chunk) if kernel and chunk else None,
+        shares=_shares(rows, kv_heads, decode, window, interpret) if kernel and decodes else None,
+        tiles=_tiles(rows, implementation, group, prefill, chunk, decodes) if kernel and chunk else None,
         implementation=implementation,
         page_size=page_size,
         kv_heads=kv_heads,
@@ -145,24 +148,15 @@ def plan_work(
     )
 
 
-def _shares(rows: Rows, implementation: str, kv_heads: int, head_dim: int, decode: Decode, window: int | None, interpret: bool) -> Shares:
-    if _decodes_by_mosaic(implementation, head_dim):
-        kv_block, per_core = attention_sm90.KV_BLOCK, attention_sm90.WORKERS_PER_CORE[head_dim]
-    else:
-        kv_block, per_core = decode.kv_block, decode.workers_per_core
-    workers = INTERPRETED_WORKERS if interpret else per_core * _cores()
-    return shares(rows, kv_heads=kv_heads, kv_block=kv_block, window=window, workers=workers)
+def _shares(rows: Rows, kv_heads: int, decode: Decode, window: int | None, interpret: bool) -> Shares:
+    workers = INTERPRETED_WORKERS if interpret else decode.workers_per_core * _cores()
+    return shares(rows, kv_heads=kv_heads, kv_block=decode.kv_block, window=window, workers=workers)
 
 
-def _tiles(rows: Rows, implementation: str, group: int, prefill: Prefill, chunk: int) -> Tiles:
+def _tiles(rows: Rows, implementation: str, group: int, prefill: Prefill, chunk: int, decodes: bool) -> Tiles:
     if implementation == "sm90":
-        return tiles(rows, chunk=chunk, tile=attention_sm90_prefill.tile_tokens(group), gaps=True)
+        return tiles(rows, chunk=chunk, tile=attention_sm90_prefill.tile_tokens(group), gaps=True, decodes=decodes)
     return tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group, prefill))
-
-
-def _decodes_by_mosaic(implementation: str, head_dim: int) -> bool:
-    """Whether decode lanes go through `attention_sm90`: only where that was measured to be the faster."""
-    return implementation == "sm90" and head_dim in attention_sm90.FASTER_HEAD_DIMS
 
 
 def _cores() -> int:
@@ -220,19 +214,18 @@ def paged_attention(
 def _kernels(q_NQH, k_pages, v_pages, rows, work, lse, options, extras) -> tuple[Array, ...]:
     """The decode lanes through the decode kernel, the chunk lanes through the prefill kernel, both into one array."""
     options["interpret"] = work.interpret
-    chunk, mosaic = None, _decodes_by_mosaic(work.implementation, work.head_dim)
+    chunk = None
     if work.tiles is not None and work.implementation == "sm90":
         workers = INTERPRETED_WORKERS if work.interpret else _cores()
         chunk = (attention_sm90_prefill.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, workers=workers, **options),)
     elif work.tiles is not None:
         chunk = attention_portable.prefill(q_NQH, k_pages, v_pages, rows, work.tiles, work.blocks[1], lse=lse, **options, **extras)
-    packed = mosaic and attention_sm90.packs(work.group)
-    if mosaic:
-        o_SGH, lse_SG = attention_sm90.decode(q_NQH, k_pages, v_pages, rows, work.shares, **options)
-    else:
-        o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], **options, **extras)
+    if work.shares is None:
+        assert chunk is not None
+        return chunk
+    o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], **options, **extras)
     shape = dict(heads=q_NQH.shape[1], group=work.group, dtype=q_NQH.dtype)
-    return combine(o_SGH, lse_SG, work.shares, chunk, packed=packed, lse=lse, interpret=work.interpret, **shape)
+    return combine(o_SGH, lse_SG, work.shares, chunk, packed=False, lse=lse, interpret=work.interpret, **shape)
 
 
 def _check_rows(rows: Rows) -> None:

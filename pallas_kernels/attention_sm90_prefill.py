@@ -2,8 +2,8 @@
 
 A tile is a run of one row's chunk tokens with the query heads of one kv head, packed into 2 x 64 lines, a warpgroup each. The feeding
 warpgroup copies the tile's queries and the row's pages, newest first, by TMA into a ring of stages. Each attending warpgroup asks the
-tensor cores for the scores of the next KV block and for the output of the last one together, and exponentiates while they work; the two
-warpgroups take turns at asking, so that one multiplies while the other exponentiates. Only blocks on the diagonal, or at a window's far
+tensor cores for the scores of the next KV block and for the output of the last one together; the two take turns at asking, and the turn
+passes once the scores are there, so that one multiplies while the other exponentiates. Only blocks on the diagonal, or at a window's far
 edge, are masked.
 
 Letters: N tokens, I tiles, R the 64 lines of a warpgroup, S tokens in a KV block, H features.
@@ -21,9 +21,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.attention_combine import LOW
 from pallas_kernels.work import Rows, Tiles
 
+LOW = -1e30  # below every score, and finite: LOW - LOW is 0
 LINES = 64  # of a warpgroup: wgmma's M
 ATTENDING = 2  # warpgroups
 KV_BLOCK = 128
@@ -60,6 +60,11 @@ class _Options:
         return LINES // self.group
 
     @property
+    def boxed(self) -> bool:
+        """Whether a warpgroup's queries are copied as one box of [tokens, group, H]: its lines must be whole tokens."""
+        return LINES % self.group == 0 and not self.interpret  # an interpreter cannot see a box as lines
+
+    @property
     def by_rows(self):
         """How a warpgroup holds its lines to copy them between plain and swizzled memory without bank conflicts."""
         return plgpu.Layout.SMEM_GMEM_COPY((LINES, self.head_dim), jnp.bfloat16, 128)
@@ -73,24 +78,24 @@ class _Options:
 def prefill(
     q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *, workers: int, scale, window, softcap, interpret
 ) -> Array:
-    """Attention of the chunk lanes -> [N, Q, H]; zeros in the chunk lanes that no row owns; the decode lanes are not written.
+    """Attention of the lanes that `tiles` has -> [N, Q, H]; zeros in those that no row owns; the others are not written.
 
     tiles: with gaps, see `work.tiles`. workers: thread blocks, one a multiprocessor.
     """
     kv_heads, page_size, head_dim = k_pages.shape[1:]
-    count, heads, _ = q_NQH.shape
-    group, dtype = heads // kv_heads, k_pages.dtype
+    group, dtype = q_NQH.shape[1] // kv_heads, k_pages.dtype
     first_lane = rows.length_M.shape[0]
     options = _Options(page_size, kv_heads, group, head_dim, first_lane, workers, scale, window, softcap, interpret)
     copies = max(1, KV_BLOCK // page_size)
-    plain, ring = plgpu.SMEM((ATTENDING, LINES, head_dim), dtype), plgpu.SMEM((STAGES, KV_BLOCK, head_dim), dtype, transforms=TILED)
+    plain = plgpu.SMEM((ATTENDING * options.tokens, group, head_dim) if options.boxed else (ATTENDING * LINES, head_dim), dtype)
+    ring = plgpu.SMEM((STAGES, KV_BLOCK, head_dim), dtype, transforms=TILED)
     scratch = dict(
         q_plain=plain,
         o_plain=plain,
         q_s=plgpu.SMEM((ATTENDING, LINES, head_dim), dtype, transforms=TILED),
         k_s=ring,
         v_s=ring,
-        q_here=plgpu.Barrier(num_arrivals=options.tokens, num_barriers=ATTENDING),
+        q_here=plgpu.Barrier(num_arrivals=1 if options.boxed else options.tokens, num_barriers=ATTENDING),
         q_free=plgpu.Barrier(num_barriers=ATTENDING),
         k_here=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
         v_here=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
@@ -101,9 +106,9 @@ def prefill(
     )
     if interpret:
         scratch |= dict(p_s=plgpu.SMEM((ATTENDING, LINES, KV_BLOCK), dtype, transforms=TILED))
-    out = plgpu.kernel(
+    return plgpu.kernel(
         partial(_kernel, options),
-        out_type=jax.ShapeDtypeStruct((count * heads, head_dim), dtype),
+        out_type=jax.ShapeDtypeStruct(q_NQH.shape, dtype),
         scratch_types=scratch,
         grid=(workers,),
         grid_names=("worker",),
@@ -112,13 +117,12 @@ def prefill(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(
-        q_NQH.reshape(count * heads, head_dim), k_pages, v_pages, rows.table_MP, rows.length_M,
-        tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, tiles.count_1,
+        q_NQH, k_pages, v_pages, rows.table_MP,
+        tiles.row_I, tiles.begin_I, tiles.size_I, tiles.position_I, tiles.length_I, tiles.count_1,
     )  # fmt: skip
-    return out.reshape(q_NQH.shape)
 
 
-def _kernel(options: _Options, q, k, v, table, length, row, begin, size, position, count, o, **scratch):
+def _kernel(options: _Options, q, k, v, table, row, begin, size, position, length, count, o, **scratch):
     lists = dict(table=table, length=length, row=row, begin=begin, size=size, position=position, count=count)
     refs = SimpleNamespace(q=q, k=k, v=v, o=o, **lists, **scratch)
     warpgroup = lax.axis_index("warpgroup")
@@ -151,24 +155,31 @@ def _items(options: _Options, refs, attend):
         return lap * options.workers + jnp.where(lax.rem(lap, jnp.int32(2)) == 0, worker, options.workers - 1 - worker)
 
     def step(state):
-        lap, turn, fetched = state
-        item = _item(options, refs, index(lap))
+        lap, turn, fetched, numbers = state
+        following = _numbers(options, refs, index(lap + 1))  # on their way while this tile is worked on
+        item = _item(options, index(lap), numbers)
 
         @pl.when(index(lap) < total)
         def _():
             attend(item, turn, fetched)
 
         blocks = jnp.where(index(lap) < total, item.blocks, 0)
-        return lap + 1, turn + blocks, fetched + jnp.where(blocks > 0, 1, 0)
+        return lap + 1, turn + blocks, fetched + jnp.where(blocks > 0, 1, 0), following
 
     zero = jnp.int32(0)
-    return lax.while_loop(lambda state: state[0] * options.workers < total, step, (zero, zero, zero))[1:]
+    start = zero, zero, zero, _numbers(options, refs, index(zero))
+    return lax.while_loop(lambda state: state[0] * options.workers < total, step, start)[1:3]
 
 
-def _item(options: _Options, refs, index):
-    """Everything about one (tile, kv head): blocks are counted from the newest, `blocks` in all, the `masked`, `whole` and rest of them."""
+def _numbers(options: _Options, refs, index):
+    """What the work list says of a (tile, kv head); of its last tile past the list's end."""
     tile = jnp.minimum(lax.div(index, jnp.int32(options.kv_heads)), refs.row.shape[0] - 1)
-    size, position = refs.size[tile], refs.position[tile]
+    return tuple(ref[tile] for ref in (refs.row, refs.begin, refs.size, refs.position, refs.length))
+
+
+def _item(options: _Options, index, numbers):
+    """Everything about one (tile, kv head): blocks are counted from the newest, `blocks` in all, the `masked`, `whole` and rest of them."""
+    row, begin, size, position, length = numbers
     end, block = position + size, jnp.int32(KV_BLOCK)
     high = lax.div(end + block - 1, block)
     low = inner = jnp.int32(0)
@@ -179,10 +190,11 @@ def _item(options: _Options, refs, index):
     masked = 1 + jnp.maximum(high - 1 - outer, 0)
     return SimpleNamespace(
         head=lax.rem(index, jnp.int32(options.kv_heads)),
-        row=refs.row[tile],
-        lane=options.first_lane + refs.begin[tile],
+        row=row,
+        lane=options.first_lane + begin,
         size=size,
         position=position,
+        length=length,
         high=high,
         blocks=jnp.where(position < 0, 0, high - low),
         masked=masked,
@@ -198,7 +210,7 @@ def _fetch_item(options: _Options, refs, item, turn, fetched):
         pl.when(fetched > 0)(lambda: _await_queries_taken(refs))
         _fetch_queries(options, refs, item)
 
-    last_page = lax.div(refs.length[item.row] - 1, jnp.int32(options.page_size))
+    last_page = lax.div(item.length - 1, jnp.int32(options.page_size))
 
     def fetch(i, pages, ring, here, free):
         stage = lax.rem(turn + i, jnp.int32(STAGES))
@@ -220,18 +232,29 @@ def _await_queries_taken(refs):
 
 
 def _fetch_queries(options: _Options, refs, item):
-    """A copy a token: its group's heads lie together. Past the tile's end its last token comes again, and nobody looks."""
-    heads = options.kv_heads * options.group
+    """In one box a warpgroup, or token by token, as its group's heads lie together. Past the tile's end anything may come."""
+    heads = pl.ds(item.head * options.group, options.group)
+    if options.boxed:
+        for warpgroup in range(ATTENDING):
+            first = warpgroup * options.tokens
+            source, target = (ref.at[pl.ds(at, options.tokens)] for ref, at in ((refs.q, item.lane + first), (refs.q_plain, first)))
+            plgpu.copy_gmem_to_smem(source.at[:, heads], target, refs.q_here.at[warpgroup])
+        return
 
     def fetch(token, _):
         for warpgroup in range(ATTENDING):
             lane = item.lane + jnp.minimum(warpgroup * options.tokens + token, item.size - 1)
-            source = refs.q.at[pl.ds(lane * heads + item.head * options.group, options.group)]
-            target = refs.q_plain.at[warpgroup, pl.ds(token * options.group, options.group)]
-            plgpu.copy_gmem_to_smem(source, target, refs.q_here.at[warpgroup])
+            target = refs.q_plain.at[pl.ds(warpgroup * LINES + token * options.group, options.group)]
+            plgpu.copy_gmem_to_smem(refs.q.at[lane, heads], target, refs.q_here.at[warpgroup])
         return ()
 
     lax.fori_loop(0, options.tokens, fetch, ())
+
+
+def _lines(options: _Options, plain, warpgroup):
+    """A warpgroup's part of unswizzled memory as lines."""
+    lines = plain.reshape(ATTENDING * LINES, options.head_dim) if options.boxed else plain
+    return lines.at[pl.ds(warpgroup * LINES, LINES)]
 
 
 def _copies(options: _Options, refs, pages, tile, item, block, last_page):
@@ -257,7 +280,7 @@ def _drain(refs, turn, _):
 
 def _attend_item(options: _Options, refs, warpgroup, item, turn, fetched):
     """One warpgroup's half of a tile, from queries to output."""
-    o_plain = refs.o_plain.at[warpgroup]
+    o_plain = _lines(options, refs.o_plain, warpgroup)
     mine = SimpleNamespace(
         warpgroup=warpgroup, q_s=refs.q_s.at[warpgroup], p_s=refs.p_s.at[warpgroup] if options.interpret else None, turn=turn
     )
@@ -265,7 +288,7 @@ def _attend_item(options: _Options, refs, warpgroup, item, turn, fetched):
     @pl.when(item.blocks > 0)
     def _():
         plgpu.barrier_wait(refs.q_here.at[warpgroup])
-        mine.q_s[...] = plgpu.load(refs.q_plain.at[warpgroup], layout=options.by_rows)
+        mine.q_s[...] = plgpu.load(_lines(options, refs.q_plain, warpgroup), layout=options.by_rows)
         plgpu.commit_smem()
         plgpu.barrier_arrive(refs.q_free.at[warpgroup])
         mine.q_s[...] = _attend_blocks(options, refs, mine, item).astype(o_plain.dtype)
@@ -276,18 +299,29 @@ def _attend_item(options: _Options, refs, warpgroup, item, turn, fetched):
     @pl.when(item.blocks == 0)
     def _():
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        o_plain[...] = plgpu.layout_cast(jnp.zeros(o_plain.shape, o_plain.dtype), options.by_rows)
+        o_plain[...] = plgpu.layout_cast(jnp.zeros((LINES, options.head_dim), o_plain.dtype), options.by_rows)
 
     plgpu.commit_smem()
-    heads, first = options.kv_heads * options.group, warpgroup * options.tokens
+    _put(options, refs, item, warpgroup)
+
+
+def _put(options: _Options, refs, item, warpgroup):
+    """Copy a warpgroup's output out: in one box, or token by token where the tile has fewer of them."""
+    first, heads = warpgroup * options.tokens, pl.ds(item.head * options.group, options.group)
+    lane, count = item.lane + first, jnp.minimum(item.size - first, options.tokens)
 
     def put(token, _):
-        source = o_plain.at[pl.ds(token * options.group, options.group)]
-        line = (item.lane + first + token) * heads + item.head * options.group
-        plgpu.copy_smem_to_gmem(source, refs.o.at[pl.ds(line, options.group)])
+        lines = pl.ds(warpgroup * LINES + token * options.group, options.group)
+        source = refs.o_plain.at[first + token] if options.boxed else refs.o_plain.at[lines]
+        plgpu.copy_smem_to_gmem(source, refs.o.at[lane + token, heads])
         return ()
 
-    lax.fori_loop(0, jnp.minimum(item.size - first, options.tokens), put, ())
+    if options.boxed:
+        whole = count == options.tokens
+        source, target = refs.o_plain.at[pl.ds(first, options.tokens)], refs.o.at[pl.ds(lane, options.tokens), heads]
+        pl.when(whole)(lambda: plgpu.copy_smem_to_gmem(source, target))
+        count = jnp.where(whole, 0, count)
+    lax.fori_loop(0, count, put, ())
 
 
 def _attend_blocks(options: _Options, refs, mine, item):
@@ -337,8 +371,9 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
             plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
             plgpu.wgmma(s_acc, mine.q_s, refs.k_s.at[stage].transpose((1, 0)))
             plgpu.wgmma(o_acc, p_RS, refs.v_s.at[last])
+            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
             plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
-            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
+            return found
 
         s_RS = pl.run_scoped(scores, ACC((LINES, KV_BLOCK), jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[stage])
@@ -399,7 +434,7 @@ def _softmax(options: _Options, mine, item, s_RS, peak_R, sum_R, edge):
 
 def _clean_tail(refs, mine, item, stage):
     """Zero the first block's V past the row's end, half a warpgroup each: a slot nobody wrote may hold NaN, and 0 * NaN is NaN."""
-    length, half, position = refs.length[item.row], KV_BLOCK // ATTENDING, (item.high - 1) * KV_BLOCK
+    length, half, position = item.length, KV_BLOCK // ATTENDING, (item.high - 1) * KV_BLOCK
 
     @pl.when(position + KV_BLOCK > length)
     def _():

@@ -43,6 +43,12 @@ class Case:
     def chunk(self) -> int:
         return sum(self.chunk_lens) + self.spare
 
+    @property
+    def decodes(self) -> bool:
+        """Whether a row may decode: not if chunks are said to be all that there is."""
+        chunks = self.chunk_lens or (0,) * len(self.lengths)
+        return not any(chunks) or any(length and not chunk for length, chunk in zip(self.lengths, chunks, strict=True))
+
 
 FP8 = "float8_e4m3fn"
 LLAMA_8B, QWEN_3B, QWEN_05B = Heads(32, 8, 128), Heads(16, 2, 128), Heads(14, 2, 64)
@@ -72,6 +78,9 @@ CORRECT = {
     "fp8_page_16": Case(QWEN_05B, (333, 17, 64), (0, 0, 64), page_size=16, pages=FP8, window=70, sinks=True),
     "fp8_float16": Case(Heads(8, 4, 96), (9, 200, 150), (0, 0, 40), dtype="float16", pages=FP8, softcap=30.0),
     "shared_pages": Case(LLAMA_8B, (300, 129, 1000, 128, 131), (0, 1, 40, 0, 3), shared=2),
+    "prefill_group_1": Case(Heads(4, 4, 128), (300, 7, 150), (70, 0, 130), page_size=32, window=50, spare=5),
+    "prefill_group_3": Case(Heads(6, 2, 128), (500, 90), (300, 90), page_size=128, dtype="float16"),
+    "prefill_group_16": Case(Heads(16, 1, 64), (700, 64), (130, 64), page_size=16, spare=1),
     "long": Case(Heads(2, 1, 64), (131_072, 1, 40_000)),
     "long_prefix": Case(Heads(2, 1, 64), (131_072, 70_000), (64, 0), window=4096),
 }
@@ -90,6 +99,7 @@ SMALL = {
     "only_decodes": Case(Heads(4, 2, 64), (40, 0, 3), (0, 0, 0), spare=40),  # in a shape that has chunk lanes
     "prefill_sm90": Case(Heads(4, 1, 64), (40, 270, 0, 150), (40, 50, 0, 40), spare=9),
     "prefill_sm90_window": Case(Heads(7, 1, 64), (300, 5), (40, 5), page_size=16, window=100, softcap=15.0),
+    "prefill_sm90_mha": Case(Heads(2, 2, 64), (140, 9), (70, 0), page_size=128, dtype="float16"),
 }
 
 # What the kernel bench times. Rows of 4096 tokens and the like are FlashAttention-3's published shapes, the others are the engine's.

@@ -75,13 +75,14 @@ class Tiles:
     """The prefill work list: tile i holds the chunk tokens [begin, begin + size) of the chunk lanes, all of one row.
 
     position_I: the position of a tile's first token; -1 where no row owns the lanes. size_I: its tokens, 0 for the unused tiles, which
-    come last. The longest contexts come first. count_1: how many tiles are used.
+    come last. length_I: the length of its row. The longest contexts come first. count_1: how many tiles are used.
     """
 
     row_I: Array
     begin_I: Array
     size_I: Array
     position_I: Array
+    length_I: Array
     count_1: Array
 
 
@@ -146,40 +147,49 @@ def shares(rows: Rows, *, kv_heads: int, kv_block: int, window: int | None, work
     )
 
 
-def tiles(rows: Rows, *, chunk: int, tile: int, gaps: bool = False) -> Tiles:
-    """Cut each row's chunk into tiles of `tile` tokens, the longest contexts first; with gaps, the lanes that no row owns as well."""
-    begin_U, size_U, position_U, row_U = _runs(rows, chunk, gaps)
+def tiles(rows: Rows, *, chunk: int, tile: int, gaps: bool = False, decodes: bool = True) -> Tiles:
+    """Cut each row's chunk into tiles of `tile` tokens, the longest contexts first; with gaps, the lanes that no row owns as well.
+
+    decodes: False puts the decode lanes, at begin -M to -1, among those that no row owns.
+    """
+    first = 0 if decodes else -rows.length_M.shape[0]
+    runs = [_owned(rows), _gaps(rows, first, chunk)] if gaps else [_owned(rows)]
+    begin_U, size_U, position_U, row_U = (jnp.concatenate(parts) for parts in zip(*runs, strict=True))
+    slots = min(-(-(chunk - first) // tile) + size_U.shape[0], chunk - first)
     count_U = -(-size_U // tile)
     start_U1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_U).astype(jnp.int32)])
-    index_I = jnp.arange(min(-(-chunk // tile) + size_U.shape[0], chunk), dtype=jnp.int32)
+    index_I = jnp.arange(slots, dtype=jnp.int32)
     run_I = jnp.minimum(_entry(start_U1, index_I), size_U.shape[0] - 1)
     offset_I = (index_I - start_U1[run_I]) * tile
     size_I = jnp.where(index_I < start_U1[-1], jnp.minimum(size_U[run_I] - offset_I, tile), 0)
     position_I = jnp.where(position_U[run_I] < 0, -1, position_U[run_I] + offset_I)
-    order_I = jnp.argsort(jnp.where(size_I > 0, -position_I, INT_MAX))
-    return Tiles(
-        row_I=row_U[run_I][order_I],
-        begin_I=(begin_U[run_I] + offset_I)[order_I],
-        size_I=size_I[order_I],
-        position_I=position_I[order_I],
-        count_1=start_U1[-1:],
-    )
+    row_I = row_U[run_I]
+    unsorted = Tiles(row_I, begin_U[run_I] + offset_I, size_I, position_I, rows.length_M[row_I], start_U1[-1:])
+    order_I = _descending(jnp.where(size_I > 0, position_I, -2))
+    return jax.tree.map(lambda x: x if x.shape == (1,) else x[order_I], unsorted)
 
 
-def _runs(rows: Rows, chunk: int, gaps: bool) -> tuple[Array, Array, Array, Array]:
-    """Begin, size, first position and row of the runs of chunk lanes that a row owns; then, with gaps, of the M + 1 runs between them."""
-    begin_M, size_M = rows.chunk_start_M, rows.chunk_len_M
-    row_M = jnp.arange(size_M.shape[0], dtype=jnp.int32)
-    owned = begin_M, size_M, rows.length_M - size_M, row_M
-    if not gaps:
-        return owned
-    order_M = jnp.argsort(jnp.where(size_M > 0, begin_M, chunk))
-    begin_M, size_M = jnp.where(size_M > 0, begin_M, chunk)[order_M], size_M[order_M]
-    ends = jnp.concatenate([jnp.zeros(1, jnp.int32), begin_M + size_M])
-    sizes = jnp.concatenate([begin_M, jnp.full(1, chunk, jnp.int32)]) - ends
-    between = ends, sizes, jnp.full_like(ends, -1), jnp.zeros_like(ends)
-    begin_U, size_U, position_U, row_U = (jnp.concatenate(pair) for pair in zip(owned, between, strict=True))
-    return begin_U, size_U, position_U, row_U
+def _owned(rows: Rows) -> tuple[Array, Array, Array, Array]:
+    """Begin, size, first position and row of the runs of chunk lanes that a row owns."""
+    row_M = jnp.arange(rows.length_M.shape[0], dtype=jnp.int32)
+    return rows.chunk_start_M, rows.chunk_len_M, rows.length_M - rows.chunk_len_M, row_M
+
+
+def _gaps(rows: Rows, first: int, chunk: int) -> tuple[Array, Array, Array, Array]:
+    """The same of the M + 1 runs of lanes between them, from lane `first` on: one after each row's run, and one before all."""
+    size_M1 = jnp.concatenate([rows.chunk_len_M, jnp.ones(1, jnp.int32)])
+    begin_M = jnp.where(rows.chunk_len_M > 0, rows.chunk_start_M, chunk)
+    end_M1 = jnp.concatenate([rows.chunk_start_M + rows.chunk_len_M, jnp.full(1, first, jnp.int32)])
+    next_M1 = jnp.min(jnp.where(begin_M[None, :] >= end_M1[:, None], begin_M[None, :], chunk), axis=1)
+    gap_M1 = jnp.where(size_M1 > 0, next_M1 - end_M1, 0)
+    return end_M1, gap_M1, jnp.full_like(end_M1, -1), jnp.zeros_like(end_M1)
+
+
+def _descending(key_I: Array) -> Array:
+    """The order that puts large keys first, equal ones as they were: comparing all with all is one kernel, and a sort is many."""
+    index_I = jnp.arange(key_I.shape[0], dtype=jnp.int32)
+    before_II = (key_I[None, :] > key_I[:, None]) | ((key_I[None, :] == key_I[:, None]) & (index_I[None, :] < index_I[:, None]))
+    return jnp.zeros_like(index_I).at[before_II.sum(axis=1, dtype=jnp.int32)].set(index_I, unique_indices=True)
 
 
 def _entry(start_M1: Array, index: Array) -> Array:

@@ -2,10 +2,10 @@
 
     JAX_PLATFORMS=cpu python tests/aot_compile.py h200 JOB...
 
-It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:decode"),
-a whole decode step with an implementation and a dtype of pages ("step:portable:float8_e4m3fn"), and two planted mistakes: "kept:portable",
-a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`: what Mosaic's
-assembler says of registers and spills; XLA's is told to fail if there are any.
+It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
+a whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), and two
+planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its
+registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
 """
 
 import json
@@ -94,16 +94,16 @@ class AbstractWeights:
         return Shape((sum(shape[0] for shape in shapes), *shapes[0][1:]), jnp.bfloat16)
 
 
-def step(target: Target, implementation: str, kv_dtype: str | None = None, donate: bool = True) -> dict[str, Any]:
-    """A whole decode step, as the engine runs it: two layers of Qwen2.5-0.5B's shape, 64 rows."""
+def step(target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True) -> dict[str, Any]:
+    """A whole step, as the engine runs it: two layers of Qwen2.5-0.5B's shape, 64 rows."""
     model = read_config(SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": 2, "vocab_size": 1024})
     here = Mesh(np.array(jax.devices()[:1]), ("tp",))
     weights: Any = AbstractWeights(tensor_shapes(model), here)
     decoder = Decoder(weights, model)
     graph, state = nnx.split(decoder)
     leaves, tree = jax.tree.flatten(state)
-    bucket = Bucket(0, 64)
-    plan = Plan("bfloat16", 1024, 64, 512, 64, (bucket,), Bucket(256, 1, True), False, 20, 1, kv_dtype=kv_dtype)
+    bucket = Bucket(chunk, 64)
+    plan = Plan("bfloat16", 1024, 64, 2048, 64, (bucket,), Bucket(256, 1, True), False, 20, 1, kv_dtype=kv_dtype)
     cache = cache_shapes(plan, model, here)
     ints = partial(Shape, dtype=jnp.int32)
 
@@ -143,8 +143,8 @@ def job(target: Target, name: str) -> dict[str, Any]:
         if kind == "kept":
             return step(target, rest, donate=False)
         if kind == "step":
-            implementation, _, kv_dtype = rest.partition(":")
-            return step(target, implementation, kv_dtype or None)
+            implementation, kv_dtype, chunk = (*rest.split(":"), "", "")[:3]
+            return step(target, implementation, kv_dtype or None, int(chunk or 0))
         return case(target, rest, kind)
     except Exception as error:  # whatever the compiler says is the result
         return {"error": f"{type(error).__name__}: {error}"}

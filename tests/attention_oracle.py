@@ -101,7 +101,7 @@ def attend(inputs: Inputs, *, case: Case, implementation: str | None = None, int
     shape: dict[str, Any] = dict(
         page_size=case.page_size, kv_heads=heads.kv_heads, group=heads.group, head_dim=heads.head_dim, dtype=case.page_dtype
     )
-    asked: dict[str, Any] = dict(window=case.window, chunk=case.chunk, sinks=case.sinks, lse=lse)
+    asked: dict[str, Any] = dict(window=case.window, chunk=case.chunk, decodes=case.decodes, sinks=case.sinks, lse=lse)
     work = plan_work(inputs.rows, **shape, **asked, implementation=implementation, interpret=interpret)
     options: dict[str, Any] = dict(scale=heads.head_dim**-0.5, window=case.window, softcap=case.softcap, return_lse=lse)
     arrays = inputs.q, inputs.k_pages, inputs.v_pages

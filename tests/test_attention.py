@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Rows, attention_sm90, capability_of, implementation_for, paged_attention, plan_work, write_kv
+from pallas_kernels import Rows, capability_of, implementation_for, paged_attention, plan_work, write_kv
 from pallas_kernels.attention import IMPLEMENTATIONS, misses
 from pallas_kernels.shapes import CORRECT, SMALL, Case, Heads
+from pallas_kernels.work import lanes, tiles
 
 
 @pytest.mark.parametrize("name", CORRECT)
@@ -38,10 +39,9 @@ def test_portable_takes_every_head_dim_group_and_page(head_dim, group, kv_heads,
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # the NaN of slots that nobody wrote, masked afterwards
-@pytest.mark.parametrize("name", ["decode", "decode_group_3_window", "nobody", "only_decodes", "prefill_sm90", "prefill_sm90_window"])
-def test_sm90_interpreted(name, capfd, monkeypatch):
+@pytest.mark.parametrize("name", ["nobody", "only_decodes", "prefill_sm90", "prefill_sm90_window", "prefill_sm90_mha"])
+def test_sm90_interpreted(name, capfd):
     """The interpreter also watches barriers, and says on stdout where two threads meet."""
-    monkeypatch.setattr(attention_sm90, "FASTER_HEAD_DIMS", (64,))
     check(SMALL[name], "sm90", interpret=True)
     assert "RACE DETECTED" not in capfd.readouterr().out
 
@@ -76,6 +76,44 @@ def random_rows(data, *, rows: int, chunk: int, pages: int, table: int, page_siz
         chunk_lens.append(owned)
     pages_MP = data.draw(st.lists(st.lists(st.integers(0, pages - 1), min_size=table, max_size=table), min_size=rows, max_size=rows))
     return Rows(*(jnp.asarray(x, jnp.int32) for x in (pages_MP, lengths, starts, chunk_lens)))
+
+
+def lane_counts(tiles, count: int, chunk: int) -> np.ndarray:
+    """How often each of the M + T lanes is in a tile, having checked that tiles are in order and their unused rest is last."""
+    begin, size, position = (np.asarray(x) for x in (tiles.begin_I, tiles.size_I, tiles.position_I))
+    used = int(tiles.count_1[0])
+    assert (size[:used] > 0).all() and not size[used:].any() and (np.diff(position[:used]) <= 0).all()
+    counts = np.zeros(count + chunk, int)
+    for i in range(used):
+        counts[count + begin[i] : count + begin[i] + size[i]] += 1
+    return counts
+
+
+@pytest.mark.parametrize("tile", [1, 7])
+def test_tiles_hold_each_lane_once(tile):
+    chunk = 24
+    cut = {name: jax.jit(partial(tiles, chunk=chunk, tile=tile, **options)) for name, options in TILES.items()}
+    place = jax.jit(partial(lanes, chunk=chunk))
+
+    @settings(max_examples=25, deadline=None)
+    @given(st.data())
+    def holds(data):
+        rows = random_rows(data, rows=4, chunk=chunk, pages=20, table=6, page_size=8)
+        position = np.asarray(place(rows).position_N)[4:]
+        cuts = {name: f(rows) for name, f in cut.items()}
+        np.testing.assert_array_equal(lane_counts(cuts["owned"], 4, chunk), np.concatenate([np.zeros(4), position >= 0]))
+        np.testing.assert_array_equal(lane_counts(cuts["gaps"], 4, chunk), np.repeat([0, 1], [4, chunk]))
+        assert (lane_counts(cuts["no decodes"], 4, chunk) == 1).all()
+        work = jax.tree.map(np.asarray, cuts["owned"])
+        for i in range(work.count_1[0]):
+            begin, size = work.begin_I[i], work.size_I[i]
+            np.testing.assert_array_equal(position[begin : begin + size], work.position_I[i] + np.arange(size))
+            assert work.length_I[i] == rows.length_M[work.row_I[i]]
+
+    holds()
+
+
+TILES: dict[str, dict[str, Any]] = {"owned": {}, "gaps": dict(gaps=True), "no decodes": dict(gaps=True, decodes=False)}
 
 
 RANDOM = Case(Heads(4, 2, 16), (0,) * 4, page_size=8, dtype="float32", spare=24)
@@ -117,22 +155,28 @@ def test_inside_shard_map():
 
 
 @pytest.mark.parametrize(
-    ("capability", "head_dim", "dtype", "page_size", "name"),
+    ("capability", "shape", "name"),
     [
-        ("9.0", 128, "bfloat16", 64, "portable"),
-        ("9.0", 80, "bfloat16", 64, "portable"),
-        ("9.0", 128, "float32", 64, "portable"),
-        ("9.0", 128, "bfloat16", 8, "portable"),
-        ("8.0", 128, "bfloat16", 64, "portable"),
-        ("8.9", 256, "bfloat16", 64, "portable"),
-        ("10.0", 128, "bfloat16", 64, "portable"),
-        ("7.5", 128, "float16", 64, "reference"),
-        ("9.0", 12, "bfloat16", 64, "reference"),
-        (None, 128, "bfloat16", 64, "reference"),
+        ("9.0", {}, "sm90"),
+        ("9.0", dict(head_dim=64, dtype="float16", page_size=16, group=7), "sm90"),
+        ("9.0", dict(page_size=128, group=16), "sm90"),
+        ("9.0", dict(page_size=48), "portable"),
+        ("9.0", dict(page_size=8), "portable"),
+        ("9.0", dict(head_dim=256), "portable"),
+        ("9.0", dict(dtype="float32"), "portable"),
+        ("9.0", dict(dtype="float8_e4m3fn"), "portable"),
+        ("9.0", dict(group=17), "portable"),
+        ("9.0", dict(lse=True), "portable"),
+        ("9.0", dict(head_dim=12), "reference"),
+        ("8.0", {}, "portable"),
+        ("8.9", dict(head_dim=256), "portable"),
+        ("10.0", {}, "portable"),
+        ("7.5", dict(dtype="float16"), "reference"),
+        (None, {}, "reference"),
     ],
 )
-def test_implementation_for(capability, head_dim, dtype, page_size, name):
-    assert implementation_for(capability, head_dim=head_dim, dtype=dtype, page_size=page_size) == name
+def test_implementation_for(capability, shape, name):
+    assert implementation_for(capability, **dict(head_dim=128, dtype="bfloat16", page_size=64, group=4) | shape) == name
 
 
 PLAN: dict[str, Any] = dict(page_size=8, kv_heads=2, group=2, head_dim=16, dtype="float32", chunk=24)
@@ -144,7 +188,9 @@ def test_an_implementation_that_cannot_says_so_with_numbers():
         plan_work(rows, **PLAN, implementation="sm90")
     with pytest.raises(NotImplementedError, match="cannot take head_dim 20: it takes 8 to 256"):
         plan_work(rows, **dict(PLAN, head_dim=20), implementation="portable")
-    with pytest.raises(ValueError, match="must be one of portable, sm90, reference, got 'cuda'"):
+    with pytest.raises(ValueError, match="decodes is False in a step of 0 chunk lanes"):
+        plan_work(rows, **dict(PLAN, chunk=0), decodes=False)
+    with pytest.raises(ValueError, match="must be one of sm90, portable, reference, got 'cuda'"):
         plan_work(rows, **PLAN, implementation="cuda")
 
 
