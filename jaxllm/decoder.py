@@ -6,7 +6,7 @@ is the context's business (`ctx.attend`): the engine's writes pages, DenseContex
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,8 @@ from flax import nnx
 
 from converters.model_config import Layer, ModelConfig
 from jaxllm import parallel
-from jaxllm.layers import MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
+from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
+from pallas_kernels import Linears, Product, Stream
 
 KV = Any  # one layer's cache, as its context understands it: a pair of page arrays, or None
 
@@ -22,10 +23,18 @@ KV = Any  # one layer's cache, as its context understands it: a pair of page arr
 class Context(Protocol):
     """How a step's tokens see each other and the past. A pytree."""
 
+    linears: Linears | None  # how the products of a step with few rows run; None: as plain products. Only if Decoder.products has any
+
     def attend(
         self, q_NQH: jax.Array, k_NKH: jax.Array, v_NKH: jax.Array, kv: KV, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[jax.Array, KV]:
         """Writes this step's keys and values, then attends: ([N, Q, H], the layer's cache)."""
+        ...
+
+    def attend_product(
+        self, qkv_PNF: jax.Array, attn: "Attention", kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, KV]:
+        """The same from what one product of `attn` left, parts to be summed, neither biased nor normed nor turned. Asked if `linears`."""
         ...
 
 
@@ -33,6 +42,8 @@ class Context(Protocol):
 @dataclass(frozen=True)
 class DenseContext:
     """One whole sequence and no cache: plain causal attention, and the meaning that paged attention must keep."""
+
+    linears: ClassVar[None] = None
 
     def attend(self, q_NQH, k_NKH, v_NKH, kv, *, scale, window, softcap):
         N, Q, H = q_NQH.shape
@@ -99,15 +110,44 @@ class Block(nnx.Module):
         mlp_in_ND = h_ND if not self.parallel else x_ND if self.mlp_in is not None else normed_ND
         return h_ND + _apply(self.mlp_out, self.mlp(_apply(self.mlp_in, mlp_in_ND))), kv
 
+    def fused(self, x: Stream, kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: Context) -> tuple[Stream, KV]:
+        """The same of a usual block, through the fused kernels of `ctx.linears`."""
+        run, attn, mlp = ctx.linears, self.attn, self.mlp
+        assert run is not None and isinstance(mlp, MLP) and self.attn_in is not None and self.mlp_in is not None
+        x, normed = run.norm(x, self.attn_in.rms())
+        o_NQH, kv = ctx.attend_product(run.product(normed, attn.qkv.weight[...]), attn, kv, cos_sin)
+        x = run.add(x, o_NQH.reshape(len(o_NQH), -1), attn.o.weight[...])
+        x, normed = run.norm(x, self.mlp_in.rms())
+        hidden_NF = run.gated(normed, mlp.inputs.weight[...], ACTIVATIONS[mlp.act])
+        return run.add(x, hidden_NF, mlp.down.weight[...]), kv
+
+    def products(self) -> list[Product] | None:
+        """The products of a usual block: RMS norms before and none behind, a gated MLP, no bias but that of q, k and v. None of others."""
+        attn, mlp = self.attn, self.mlp
+        if self.parallel or self.attn_out is not None or self.mlp_out is not None or not isinstance(mlp, MLP) or not mlp.gated:
+            return None
+        norms = (self.attn_in, self.mlp_in)
+        if any(norm is None or norm.center or norm.bias is not None for norm in norms):
+            return None
+        if any(linear.bias is not None for linear in (attn.o, mlp.inputs, mlp.down)):
+            return None
+        if any(norm is not None and (norm.center or norm.bias is not None or norm.weight.ndim > 1) for norm in (attn.q_norm, attn.k_norm)):
+            return None
+        if any(norm is not None and norm.weight.shape[0] != attn.head_dim for norm in (attn.q_norm, attn.k_norm)):
+            return None
+        weights = [(attn.qkv.weight, False), (attn.o.weight, False), (mlp.inputs.weight, True), (mlp.down.weight, False)]
+        return [Product(w.shape[0] // (1 + gated), w.shape[1], gated) for w, gated in weights]
+
 
 def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
 
 
 @partial(jax.jit, static_argnums=0)
-def run_block(graphdef: nnx.GraphDef, state: nnx.State, x_ND: jax.Array, kv: KV, cos_sin, ctx: Context) -> tuple[jax.Array, KV]:
+def run_block(graphdef: nnx.GraphDef, state: nnx.State, x: Any, kv: KV, cos_sin, ctx: Context) -> tuple[Any, KV]:
     """A jit within the step's jit: layers that differ only in their arrays are traced and lowered once, and called L times."""
-    return nnx.merge(graphdef, state)(x_ND, kv, cos_sin, ctx)
+    block = nnx.merge(graphdef, state)
+    return (block if ctx.linears is None else block.fused)(x, kv, cos_sin, ctx)
 
 
 class Decoder(nnx.Module):
@@ -131,11 +171,21 @@ class Decoder(nnx.Module):
             x_ND += self.positions[...][positions_N + self.c.position_offset]
         turns = {rope: rotation(positions_N, rope) for layer in self.c.layers if (rope := layer.rope) is not None}
         kept = list(cache) if cache is not None else [None] * len(self.blocks)
+        x: Any = x_ND if ctx.linears is None else Stream(x_ND)
         for i, (block, layer) in enumerate(zip(self.blocks, self.c.layers, strict=True)):
             graphdef, state = nnx.split(block)
             cos_sin = None if layer.rope is None else turns[layer.rope]
-            x_ND, kept[i] = run_block(graphdef, state, x_ND, kept[i], cos_sin, ctx)
-        return self.norm(x_ND), kept
+            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx)
+        return self.norm(x) if ctx.linears is None else ctx.linears.finish(x, self.norm.rms()), kept
+
+    def products(self) -> list[Product] | None:
+        """What `linears_for` wants to know: the products of each kind of block. None if some block must run as plain products."""
+        found: list[Product] = []
+        for block in self.blocks:
+            if (products := block.products()) is None:
+                return None
+            found += [product for product in products if product not in found]
+        return None if self.norm.center or self.norm.bias is not None else found
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """[B, V] float32: sampling compares logits whose differences bfloat16 would round away."""

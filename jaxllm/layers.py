@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import pallas_kernels
 from converters.model_config import Experts, ModelConfig, Rope
 from jaxllm import parallel
 from jaxllm.weights import Weights, WeightShapes
@@ -73,6 +74,10 @@ class Norm(nnx.Module):
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
         y = y * (self.weight[...].astype(jnp.float32) + self.offset)
         return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+    def rms(self) -> pallas_kernels.Norm:
+        """An RMS norm without bias, as the fused kernels take it."""
+        return pallas_kernels.Norm(self.weight[...], self.eps, self.offset)
 
 
 def rotation(positions_N: jax.Array, rope: Rope) -> tuple[jax.Array, jax.Array]:

@@ -18,12 +18,12 @@ from converters.model_config import ModelConfig
 from jaxllm import sample
 from jaxllm.batch import unpack
 from jaxllm.cache import PAGE_AXES, Cache
-from jaxllm.decoder import Decoder
+from jaxllm.decoder import Attention, Decoder
 from jaxllm.parallel import spec
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
 from jaxllm.scheduler import Sequence
-from pallas_kernels import Rows, Work, paged_attention, plan_work, write_kv
+from pallas_kernels import Linears, Rows, Work, linears_for, paged_attention, plan_work, turn_and_write, write_kv
 
 
 @jax.tree_util.register_dataclass
@@ -35,10 +35,11 @@ class PagedContext:
     kv_slot_N: Array
     works: dict[str, Work]  # by window
     mesh: Mesh = field(metadata={"static": True})
+    linears: Linears | None = field(metadata={"static": True})
 
     def attend(self, q_NQH: Array, k_NKH: Array, v_NKH: Array, kv, *, scale: float, window: int | None, softcap: float | None):
         def local(q, k, v, k_pages, v_pages, slots, rows, work):
-            k_pages, v_pages = write_kv(k_pages, v_pages, k, v, slots, implementation=work.implementation)
+            k_pages, v_pages = write_kv(k_pages, v_pages, k, v, slots, implementation=work.implementation, interpret=work.interpret)
             return paged_attention(q, k_pages, v_pages, rows, work, scale=scale, window=window, softcap=softcap), (k_pages, v_pages)
 
         run: Any = local
@@ -47,6 +48,28 @@ class PagedContext:
             specs = (heads, kv_heads, kv_heads, pages, pages, whole, whole, whole)
             run = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(heads, (pages, pages)), check_vma=False)
         return run(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
+
+    def attend_product(self, qkv_PNF: Array, attn: Attention, kv, cos_sin: tuple[Array, Array] | None):
+        k_pages, v_pages = kv
+        work, bias, norms = self.works[str(attn.window)], attn.qkv.bias, (attn.q_norm, attn.k_norm)
+        unit = norms[0].rms() if norms[0] is not None else None
+        q_NQH, k_pages, v_pages = turn_and_write(
+            k_pages,
+            v_pages,
+            qkv_PNF,
+            self.kv_slot_N,
+            heads=qkv_PNF.shape[2] // attn.head_dim - 2 * k_pages.shape[1],
+            bias_F=None if bias is None else bias[...],
+            cos_sin=cos_sin,
+            q_norm_H=None if norms[0] is None else norms[0].weight[...],
+            k_norm_H=None if norms[1] is None else norms[1].weight[...],
+            eps=unit.eps if unit else 0.0,
+            offset=unit.offset if unit else 0.0,
+            implementation=work.implementation,
+            interpret=work.interpret,
+        )
+        options = dict(scale=attn.scale, window=attn.window, softcap=attn.softcap)
+        return paged_attention(q_NQH, k_pages, v_pages, self.rows, work, **options), (k_pages, v_pages)
 
 
 @jax.tree_util.register_dataclass
@@ -86,7 +109,9 @@ def model_step(
     Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
     """
     batch, table_SP = unpack(inbox, bucket, plan.page_size, last_S, table_SP)
-    context = PagedContext(batch.rows, batch.kv_slot_N, _works(decoder.c, plan, implementation, batch.rows, bucket), mesh)
+    works = _works(decoder.c, plan, implementation, batch.rows, bucket)
+    linears = _linears(decoder, plan, mesh, implementation, bucket)
+    context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     logits_MV = decoder.logits(hidden_ND[batch.logit_lane_M])
     head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
@@ -97,6 +122,14 @@ def model_step(
     if bucket.scored:
         prompt = sample.logprobs(decoder.logits(hidden_ND[bucket.rows :]), batch.target_T, plan.max_logprobs)
     return cache, last_S, table_SP, Ports(tokens_M, logits_MV, head_3M), prompt
+
+
+def _linears(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket) -> Linears | None:
+    """How this step's layers multiply. Plainly on several devices, where sums over them come between a product and what follows it."""
+    products = decoder.products()
+    if mesh.size > 1 or implementation == "reference" or plan.page_dtype != plan.dtype or products is None:
+        return None
+    return linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, products)
 
 
 def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:

@@ -1,7 +1,9 @@
-"""Writing new keys and values into their pages, in place.
+"""Writing new keys and values into their pages, in place: as they are (`write_kv`), or as one product of all heads left them (`turn_and_write`).
 
-On a GPU one Pallas-Triton kernel writes both, a program a token; elsewhere a scatter each says what is meant.
+On a GPU one Pallas-Triton kernel does either, a program a token or a token's heads; elsewhere plain jax.numpy says what is meant.
 """
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -83,3 +85,124 @@ def _write_kernel(k_ref, v_ref, slot_ref, _k, _v, k_pages_ref, v_pages_ref):
     for ref, pages_ref in ((k_ref, k_pages_ref), (v_ref, v_pages_ref)):
         new_KH = plt.load(ref.at[token, head_K1, feature_1H], mask=live_KH, other=0.0)
         plt.store(pages_ref.at[page, head_K1, place, feature_1H], new_KH, mask=live_KH)
+
+
+HEADS = 8  # that a program turns and writes
+
+
+def turn_and_write(
+    k_pages: Array,
+    v_pages: Array,
+    qkv_PNF: Array,
+    slot_N: Array,
+    *,
+    heads: int,
+    bias_F: Array | None = None,
+    cos_sin: tuple[Array, Array] | None = None,
+    q_norm_H: Array | None = None,
+    k_norm_H: Array | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array, Array]:
+    """(q [N, Q, H] ready for attention, and the pages with K and V in slots `slot_N`), all of the pages' dtype.
+
+    qkv_PNF: parts whose sum is q, k and v of `heads` query heads and of the pages' kv heads, one after the other, F = (Q + 2 K) H.
+    bias_F is added to the sum. q_norm_H and k_norm_H (with eps and offset): each head of q and of k over its root mean square, times the
+    norm plus the offset. cos_sin: [N, 1, pairs] float32 each; feature i < pairs of each head of q and k is turned with feature i + pairs.
+    Pages, slots, implementation as for `write_kv`. Raises ValueError if the shapes do not fit together.
+    """
+    _, kv_heads, _, head_dim = k_pages.shape
+    if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
+        raise ValueError(f"k_pages {k_pages.dtype}{k_pages.shape} and v_pages {v_pages.dtype}{v_pages.shape} differ")
+    wanted = (slot_N.shape[0], (heads + 2 * kv_heads) * head_dim)
+    if qkv_PNF.shape[1:] != wanted:
+        raise ValueError(f"the parts of q, k and v must be {wanted} for slots {slot_N.shape}, {heads} query heads, pages {k_pages.shape}; got {qkv_PNF.shape[1:]}")
+    pairs = 0 if cos_sin is None else cos_sin[0].shape[-1]
+    if 2 * pairs > head_dim:
+        raise ValueError(f"cos_sin turns {2 * pairs} features, a head has {head_dim}")
+    if (implementation or ("portable" if jax.devices()[0].platform == "gpu" else "reference")) == "reference":
+        return _turn_reference(k_pages, v_pages, qkv_PNF, slot_N, heads, bias_F, cos_sin, q_norm_H, k_norm_H, eps, offset)
+    extras = {"bias": bias_F, "q_norm": q_norm_H, "k_norm": k_norm_H}
+    if cos_sin is not None:
+        extras |= {"cos": cos_sin[0].reshape(-1, pairs), "sin": cos_sin[1].reshape(-1, pairs)}
+    extras = {name: x for name, x in extras.items() if x is not None}
+    count, pages = 2 + len(extras), (k_pages, v_pages)
+    made = pl.pallas_call(
+        partial(_turn_kernel, names=tuple(extras), heads=heads, parts=qkv_PNF.shape[0], pairs=pairs, eps=eps, offset=offset),
+        grid=(slot_N.shape[0], pl.cdiv(heads + 2 * kv_heads, HEADS)),
+        out_shape=[jax.ShapeDtypeStruct((slot_N.shape[0], heads, head_dim), k_pages.dtype)]
+        + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages],
+        input_output_aliases={count: 1, count + 1: 2},
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="turn_and_write",
+    )(qkv_PNF, slot_N, *extras.values(), *pages)
+    return made[0], made[1], made[2]
+
+
+def _turn_reference(k_pages, v_pages, qkv_PNF, slot_N, heads, bias_F, cos_sin, q_norm_H, k_norm_H, eps, offset):
+    _, kv_heads, page_size, head_dim = k_pages.shape
+    qkv_NF = qkv_PNF.astype(jnp.float32).sum(0)
+    qkv_NF = qkv_NF if bias_F is None else qkv_NF + bias_F.astype(jnp.float32)
+    q, k, v = jnp.split(qkv_NF.reshape(len(slot_N), -1, head_dim), [heads, heads + kv_heads], axis=1)
+
+    def ready(x, norm_H):
+        if norm_H is not None:
+            x = x * lax.rsqrt((x * x).mean(-1, keepdims=True) + eps) * (norm_H.astype(jnp.float32) + offset)
+        if cos_sin is None:
+            return x
+        (cos, sin), pairs = cos_sin, cos_sin[0].shape[-1]
+        a, b, rest = jnp.split(x, [pairs, 2 * pairs], axis=-1)
+        return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+    q, k, v = (x.astype(k_pages.dtype) for x in (ready(q, q_norm_H), ready(k, k_norm_H), v))
+    page_N, place_N = slot_N // page_size, slot_N % page_size
+    return q, k_pages.at[page_N, :, place_N].set(k), v_pages.at[page_N, :, place_N].set(v)
+
+
+def _turn_kernel(qkv_ref, slot_ref, *refs, names, heads, parts, pairs, eps, offset):
+    extras = dict(zip(names, refs, strict=False))
+    q_ref, k_pages_ref, v_pages_ref = refs[-3:]
+    _, kv_heads, page_size, head_dim = k_pages_ref.shape
+    token, head_K1 = pl.program_id(0), (pl.program_id(1) * HEADS + jnp.arange(HEADS))[:, None]
+    feature_1H = jnp.arange(pl.next_power_of_2(head_dim))[None, :]
+    live = (head_K1 < heads + 2 * kv_heads) & (feature_1H < head_dim)
+    is_q, is_v = head_K1 < heads, head_K1 >= heads + kv_heads
+
+    def load(ref, *index, mask):
+        return plt.load(ref.at[*index], mask=mask, other=0.0).astype(jnp.float32)
+
+    def summed(feature):
+        """These features of this program's heads."""
+        column = head_K1 * head_dim + feature
+        total = load(qkv_ref, 0, token, column, mask=live)
+        for part in range(1, parts):
+            total += load(qkv_ref, part, token, column, mask=live)
+        return total + load(extras["bias"], column, mask=live) if "bias" in extras else total
+
+    def normed(x, unit, feature):
+        for name, own in (("q_norm", is_q), ("k_norm", ~is_q & ~is_v)):
+            if name in extras:
+                weight = load(extras[name], jnp.broadcast_to(feature, live.shape), mask=live) + offset
+                x = jnp.where(own, x * unit * weight, x)
+        return x
+
+    x = summed(feature_1H)
+    unit = lax.rsqrt(jnp.sum(x * x, axis=1)[:, None] / head_dim + eps)
+    out = normed(x, unit, feature_1H)
+    if pairs:
+        turned = feature_1H < 2 * pairs
+        other_1H = jnp.where(feature_1H < pairs, feature_1H + pairs, jnp.where(turned, feature_1H - pairs, feature_1H))
+        other = normed(summed(other_1H), unit, other_1H)  # a second read, from the first-level cache
+        pair_1H = jnp.where(feature_1H < pairs, feature_1H, other_1H)
+        cos, sin = (load(extras[name], token, pair_1H, mask=turned) for name in ("cos", "sin"))
+        rotated = out * cos + jnp.where(feature_1H < pairs, -other, other) * sin
+        out = jnp.where(turned & ~is_v, rotated, out)
+    out = out.astype(q_ref.dtype)
+    slot = plt.load(slot_ref.at[token])
+    page, place = lax.div(slot, jnp.int32(page_size)), lax.rem(slot, jnp.int32(page_size))
+    plt.store(q_ref.at[token, head_K1, feature_1H], out, mask=live & is_q)
+    plt.store(k_pages_ref.at[page, head_K1 - heads, place, feature_1H], out, mask=live & ~is_q & ~is_v)
+    plt.store(v_pages_ref.at[page, head_K1 - heads - kv_heads, place, feature_1H], out, mask=live & is_v)

@@ -1,0 +1,104 @@
+"""Linear layers of one row, from Ampere on, in Pallas-Triton: a program multiplies some output features, reading their weights once.
+
+One row is bound by the weights' bytes, and would waste fifteen sixteenths of the tensor cores: it is multiplied and added without them.
+What surrounds a product happens in its kernel. The norm of its input needs no pass of its own: the products are of x times the norm's
+weight, the squares of x are summed beside them, and their mean divides what comes out.
+
+F output features of a program, S inputs of a turn.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A program's part of the work."""
+
+    features: int
+    inputs: int
+    num_warps: int
+
+
+def linear(
+    x_1D: Array,
+    weight_FD: Array,
+    *,
+    tile: Tile,
+    norm_D: Array | None = None,
+    residual_1F: Array | None = None,
+    act: Callable[[Array], Array] | None = None,
+    eps: float = 0.0,
+    offset: float = 0.0,
+    interpret: bool = False,
+) -> Array:
+    """[1, F], or with `act` [1, F / 2]: the second half of the products gated by `act` of the first.
+
+    norm_D: x is taken over its root mean square (plus eps), times the norm plus offset. residual_1F is added to what comes out.
+    """
+    features = weight_FD.shape[0] // (1 if act is None else 2)
+    extras = {name: x for name, x in (("norm", norm_D), ("residual", residual_1F)) if x is not None}
+    return pl.pallas_call(
+        partial(_kernel, tile=tile, act=act, eps=eps, offset=offset, names=tuple(extras)),
+        grid=(pl.cdiv(features, tile.features),),
+        out_shape=jax.ShapeDtypeStruct((1, features), x_1D.dtype),
+        compiler_params=plt.CompilerParams(num_warps=tile.num_warps, num_stages=1),
+        interpret=interpret,
+        name="linear_one_row",
+    )(x_1D, weight_FD, *extras.values())
+
+
+def _kernel(x_ref, weight_ref, *refs, tile, act, eps, offset, names):
+    extras, o_ref = dict(zip(names, refs, strict=False)), refs[-1]
+    features, inputs, dtype = o_ref.shape[1], x_ref.shape[1], o_ref.dtype
+    feature_F = pl.program_id(0) * tile.features + jnp.arange(tile.features)
+    live_F = _live(feature_F, features, tile.features)
+    halves = [feature_F] if act is None else [feature_F, features + feature_F]
+
+    def turn(i, state):
+        sums, square_S = state
+        input_S = i * tile.inputs + jnp.arange(tile.inputs)
+        live_S = _live(input_S, inputs, tile.inputs)
+        live_FS = _both(live_F, live_S, (tile.features, tile.inputs))
+        weights = [_load(weight_ref.at[half[:, None], input_S[None, :]], live_FS) for half in halves]
+        x_S = _load(x_ref.at[0, input_S], live_S)
+        if "norm" in extras:
+            square_S += x_S * x_S
+            x_S = (x_S * (_load(extras["norm"].at[input_S], live_S) + offset)).astype(dtype).astype(jnp.float32)
+        return [total + w_FS * x_S[None, :] for total, w_FS in zip(sums, weights, strict=True)], square_S
+
+    start = [jnp.zeros((tile.features, tile.inputs), jnp.float32) for _ in halves], jnp.zeros((tile.inputs,), jnp.float32)
+    sums, square_S = lax.fori_loop(0, pl.cdiv(inputs, tile.inputs), turn, start)
+    products = [jnp.sum(total, axis=1) for total in sums]
+    if "norm" in extras:
+        unit = lax.rsqrt(jnp.sum(square_S) / inputs + eps)
+        products = [product * unit for product in products]
+    out_F = products[0].astype(dtype)
+    if act is not None:  # rounded between, as the plain layers round
+        out_F = act(out_F.astype(jnp.float32)).astype(dtype) * products[1].astype(dtype)
+    if "residual" in extras:
+        out_F = (out_F.astype(jnp.float32) + _load(extras["residual"].at[0, feature_F], live_F)).astype(dtype)
+    plt.store(o_ref.at[0, feature_F], out_F, mask=live_F)
+
+
+def _live(index, size: int, step: int):
+    """Which of a tile's indices exist; None if all of all tiles do."""
+    return None if size % step == 0 else index < size
+
+
+def _both(live_F, live_S, shape):
+    if live_F is None and live_S is None:
+        return None
+    found = jnp.full(shape, True) if live_F is None else jnp.broadcast_to(live_F[:, None], shape)
+    return found if live_S is None else found & live_S[None, :]
+
+
+def _load(ref, live):
+    return (plt.load(ref) if live is None else plt.load(ref, mask=live, other=0.0)).astype(jnp.float32)

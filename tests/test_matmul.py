@@ -1,0 +1,265 @@
+"""The linear layers of steps with few rows: each kernel against float64, then a whole decoder through them against its plain products."""
+
+import math
+from functools import partial
+from itertools import product as every
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bench.workloads import SHAPES
+from converters.checkpoint import read_config, tensor_shapes
+from jaxllm.decoder import Decoder
+from jaxllm.layers import ACTIVATIONS
+from jaxllm.parallel import make_mesh
+from jaxllm.step import PagedContext
+from jaxllm.weights import RandomWeights
+from pallas_kernels import Norm, Product, Rows, Stream, linears_for, matmul, matmul_one_row, matmul_sm90, plan_work, turn_and_write
+from pallas_kernels.matmul_join import join
+
+RNG = np.random.default_rng(5)
+SILU = ACTIVATIONS["silu"]
+
+
+def draw(*shape: int, scale: float = 1.0, dtype=jnp.bfloat16) -> jax.Array:
+    return jnp.asarray(RNG.normal(size=shape) * scale, dtype)
+
+
+def exact(x, weight, *, norm=None, act=False, residual=None, eps=1e-6, offset=0.0) -> np.ndarray:
+    """What the kernels mean, in float64."""
+    x, weight = np.asarray(x, np.float64), np.asarray(weight, np.float64)
+    if norm is not None:
+        x = x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * (np.asarray(norm, np.float64) + offset)
+    y = x @ weight.T
+    if act:
+        gate, up = np.split(y, 2, axis=1)
+        y = gate / (1 + np.exp(-gate)) * up
+    return y if residual is None else y + np.asarray(residual, np.float64)
+
+
+def apart(found, wanted) -> float:
+    """The error's share: NaN and what was never written are errors too."""
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    assert found.shape == wanted.shape and np.isfinite(found).all()
+    return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
+
+
+def one_row(x, weight, *, features=4, inputs=64, **options):
+    return matmul_one_row.linear(x, weight, tile=matmul_one_row.Tile(features, inputs, 4), interpret=True, **options)
+
+
+@pytest.mark.parametrize(("inputs", "features"), [(128, 32), (176, 30)], ids=["whole", "ragged"])
+def test_one_row_is_normed_multiplied_gated_and_added(inputs, features):
+    x, norm, weight = draw(1, inputs), draw(inputs), draw(features, inputs, scale=inputs**-0.5)
+    assert apart(one_row(x, weight), exact(x, weight)) < 4e-3
+    normed = one_row(x, weight, norm_D=norm, eps=1e-6, offset=1.0)
+    assert apart(normed, exact(x, weight, norm=norm, offset=1.0)) < 6e-3
+    assert apart(normed, exact(x, weight, norm=norm)) > 0.1, "without the offset: a mistake that must show"
+    assert apart(one_row(x, weight, act=SILU), exact(x, weight, act=True)) < 8e-3
+    residual = draw(1, features)
+    assert apart(one_row(x, weight, residual_1F=residual), exact(x, weight, residual=residual)) < 6e-3
+
+
+@pytest.mark.parametrize(("rows", "gated"), [(2, False), (8, True), (32, False), (64, True), (128, False), (256, False), (256, True)])
+def test_few_rows_leave_parts_of_their_products(rows, gated):
+    x, weight = draw(rows, 256), draw(128, 256, scale=1 / 16)
+    tile = matmul_sm90.Tile(32, 64, 1 if gated else 2)
+    found = matmul_sm90.linear(x, weight, tile=tile, act=SILU if gated else None, interpret=True)
+    assert found.shape == (tile.parts, rows, 64 if gated else 128) and found.dtype == (jnp.bfloat16 if gated else jnp.float32)
+    assert apart(np.asarray(found, np.float64).sum(0), exact(x, weight, act=gated)) < (8e-3 if gated else 1e-5)
+
+
+def test_a_row_is_the_same_in_whatever_company():
+    """Same bucket, same bits: nothing of another row reaches it, not even its NaN."""
+    x, weight = draw(8, 128), draw(64, 128)
+    run = partial(matmul_sm90.linear, weight_FD=weight, tile=matmul_sm90.Tile(32, 64), interpret=True)
+    alone = run(x.at[1:].set(jnp.nan))
+    np.testing.assert_array_equal(np.asarray(run(x)[:, :1], np.float32), np.asarray(alone[:, :1], np.float32))
+
+
+@pytest.mark.parametrize("parts", [0, 1, 3])
+def test_a_sum_is_joined_and_normed(parts):
+    h, added, norm = draw(3, 96), draw(parts, 3, 96, dtype=jnp.float32) if parts else None, draw(96)
+    sums, normed = join(h, added, norm, eps=1e-5, offset=1.0, interpret=True)
+    wanted = np.asarray(h, np.float64) + (0 if added is None else np.asarray(added, np.float64).sum(0))
+    assert apart(sums, wanted) < 3e-3
+    assert apart(normed, exact(sums, np.eye(96), norm=norm, offset=1.0, eps=1e-5)) < 3e-3
+
+
+TURNS = {  # query heads, kv heads, features a head, pairs turned, norms, parts
+    "qwen2": (14, 2, 64, 32, False, 2),
+    "qwen3": (4, 2, 128, 64, True, 1),
+    "partial": (3, 3, 80, 16, False, 3),
+    "unturned": (8, 1, 32, 0, True, 1),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_heads_are_turned_and_written(name):
+    """The kernel against its meaning in jax.numpy, whose parts are tested elsewhere: norms and turns by the families' goldens."""
+    heads, kv_heads, head_dim, pairs, norms, parts = TURNS[name]
+    size, angle = (heads + 2 * kv_heads) * head_dim, draw(3, 1, pairs, dtype=jnp.float32)
+    args = [draw(4, kv_heads, 16, head_dim), draw(4, kv_heads, 16, head_dim), draw(parts, 3, size, dtype=jnp.float32), jnp.array([17, 3, 63])]
+    options: dict[str, Any] = dict(heads=heads, bias_F=draw(size), cos_sin=(jnp.cos(angle), jnp.sin(angle)) if pairs else None)
+    if norms:
+        options |= dict(q_norm_H=draw(head_dim), k_norm_H=draw(head_dim), eps=1e-6, offset=1.0)
+    found = turn_and_write(*args, **options, implementation="portable", interpret=True)
+    for ours, meant in zip(found, turn_and_write(*args, **options, implementation="reference"), strict=True):
+        assert apart(ours, meant) < 1e-3
+
+
+def test_heads_of_another_shape_are_refused():
+    pages, slots = jnp.zeros((2, 2, 16, 64)), jnp.zeros(3, jnp.int32)
+    with pytest.raises(ValueError, match=r"must be \(3, 512\) .* got \(3, 500\)"):
+        turn_and_write(pages, pages, jnp.zeros((1, 3, 500)), slots, heads=4)
+    with pytest.raises(ValueError, match="cos_sin turns 128 features, a head has 64"):
+        turn_and_write(pages, pages, jnp.zeros((1, 3, 512)), slots, heads=4, cos_sin=(jnp.zeros((3, 1, 64)),) * 2)
+
+
+# ---------------------------------------------------------------------- which way is taken
+
+
+def gpu(capability: str) -> Any:
+    return SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="NVIDIA H200" if capability == "9.0" else "other")
+
+
+LLAMA_8B = [Product(6144, 4096), Product(4096, 4096), Product(14336, 4096, True), Product(4096, 14336)]
+QWEN_05B = [Product(1152, 896), Product(896, 896), Product(4864, 896, True), Product(896, 4864)]
+
+
+def test_the_way_is_chosen_by_device_and_rows():
+    cpu: Any = SimpleNamespace(platform="cpu")
+    assert linears_for(cpu, 1, "bfloat16", QWEN_05B) is None
+    assert isinstance(linears_for(gpu("8.0"), 1, "bfloat16", QWEN_05B), matmul.OneRow)
+    assert linears_for(gpu("8.0"), 8, "bfloat16", QWEN_05B) is None
+    assert isinstance(linears_for(gpu("9.0"), 64, "bfloat16", LLAMA_8B), matmul.FewRows)
+    assert linears_for(gpu("9.0"), 64, "float32", LLAMA_8B) is None
+    assert linears_for(gpu("9.0"), 256, "bfloat16", LLAMA_8B) is None, "bound by arithmetic"
+    assert isinstance(linears_for(gpu("9.0"), 256, "bfloat16", QWEN_05B), matmul.FewRows)
+    assert linears_for(gpu("9.0"), 384, "bfloat16", QWEN_05B) is None
+    assert linears_for(gpu("9.0"), 8, "bfloat16", [Product(100, 100)]) is None
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
+def test_every_tile_divides_its_product_and_fits(kind):
+    products = [*LLAMA_8B, *QWEN_05B, Product(3072, 1024), Product(5120, 25600), Product(8192, 28672), Product(2560, 2048)]
+    for rows, product in every(matmul_sm90.ROWS, products):
+        tile = matmul.few_rows_tile(kind, rows, product)
+        assert tile is not None and product.features % (tile.features * tile.cluster) == 0 and tile.features % 8 == 0
+        assert product.inputs % (tile.inputs * tile.parts) == 0 and (tile.parts == 1 or not product.gated)
+        depth = matmul_sm90.stages(rows, product.inputs, tile, halves=1 + product.gated, itemsize=2)
+        assert depth >= min(2, product.inputs // tile.inputs // tile.parts)
+
+
+# ---------------------------------------------------------------------- a whole decoder
+
+SIZES = dict(hidden_size=128, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2, vocab_size=64)
+MODELS = {
+    "qwen2": dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", tie_word_embeddings=True, head_dim=32),
+    "qwen3": dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", tie_word_embeddings=False, head_dim=32, attention_bias=False),
+}
+COMMON = dict(hidden_act="silu", rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=64, initializer_range=0.02)
+
+
+def decoder_of(name: str) -> Decoder:
+    model = read_config(SIZES | COMMON | MODELS[name])
+    return Decoder(RandomWeights(tensor_shapes(model), make_mesh(jax.devices()[:1]), "bfloat16", 3), model)
+
+
+def step(decoder: Decoder, linears, rows: int, *, implementation="portable", dtype="bfloat16"):
+    """Logits and pages after one step of `rows` rows, each with four tokens before it."""
+    c, lengths = decoder.c, jnp.full((rows,), 5, jnp.int32)
+    zeros = jnp.zeros((rows,), jnp.int32)
+    at = Rows(1 + jnp.arange(rows, dtype=jnp.int32)[:, None], lengths, zeros, zeros)
+    work = plan_work(
+        at, page_size=16, kv_heads=c.num_kv_heads, group=c.num_heads // c.num_kv_heads, head_dim=c.head_dim, dtype=dtype,
+        implementation=implementation, interpret=jax.devices()[0].platform == "cpu",
+    )  # fmt: skip
+    context = PagedContext(at, (1 + jnp.arange(rows)) * 16 + 4, {"None": work}, decoder_mesh(), linears)
+    keys = jax.random.split(jax.random.key(1), 2 * len(c.layers))
+    shape = (rows + 1, c.num_kv_heads, 16, c.head_dim)
+    cache = [tuple(jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key in pair) for pair in keys.reshape(-1, 2)]
+    hidden_ND, cache = decoder(jnp.arange(rows), lengths - 1, cache, context)
+    return decoder.logits(hidden_ND), cache
+
+
+def decoder_mesh():
+    return make_mesh(jax.devices()[:1])
+
+
+def shaken(decoder: Decoder) -> Decoder:
+    """With norms that are not the identity."""
+    for i, block in enumerate(decoder.blocks):
+        for norm in (block.attn_in, block.mlp_in, block.attn.q_norm, block.attn.k_norm):
+            if norm is not None:
+                norm.weight[...] = (1 + jax.random.normal(jax.random.key(i), norm.weight.shape) / 4).astype(norm.weight.dtype)
+    return decoder
+
+
+@pytest.mark.parametrize(("name", "rows"), [("qwen2", 1), ("qwen3", 1), ("qwen2", 8), ("qwen3", 4)])
+def test_a_decoder_is_the_same_through_the_kernels(name, rows, monkeypatch):
+    """Logits and every page, to what bfloat16 rounds; a norm that is dropped, or a sum, is far beyond that."""
+    decoder = shaken(decoder_of(name))
+    linears = matmul.OneRow(interpret=True) if rows == 1 else matmul.FewRows("cpu", interpret=True)
+    assert decoder.products() is not None
+    plain, plain_cache = step(decoder, None, rows)
+    found, cache = step(decoder, linears, rows)
+    assert apart(found, plain) < 2e-2
+    for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(plain_cache), strict=True):
+        assert apart(ours, theirs) < 2e-2
+    monkeypatch.setattr(type(linears), "finish", lambda self, stream, norm: stream.h_ND if stream.parts_PND is None else stream.h_ND)
+    assert apart(step(decoder, linears, rows)[0], plain) > 0.1, "a planted mistake"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [1, 2, 8, 32, 64, 128, 256])
+@pytest.mark.parametrize(("model", "layers"), [("qwen2.5-0.5b", 24), ("llama-3.1-8b", 4)])
+def test_logits_are_no_worse_than_plain_products(model, layers, rows):
+    """Against float32, teacher-forced; and the likeliest token is the same wherever it leads by more than the error."""
+    config = read_config(SHAPES[model] | {"num_hidden_layers": layers})
+    decoder = shaken(Decoder(RandomWeights(tensor_shapes(config), decoder_mesh(), "bfloat16", 3), config))
+    linears = linears_for(jax.devices()[0], rows, "bfloat16", decoder.products() or [])
+    if linears is None:
+        pytest.skip(f"{rows} rows of {model} run as plain products")
+    graph, state = nnx.split(decoder)
+
+    def logits(state, linears, **options):
+        return jax.jit(lambda state: step(nnx.merge(graph, state), linears, rows, **options)[0])(state)
+
+    plain, fused = logits(state, None), logits(state, linears)
+    np.testing.assert_array_equal(np.asarray(fused), np.asarray(logits(state, linears)), "not the same twice")
+    with jax.default_matmul_precision("highest"):
+        true = logits(jax.tree.map(lambda a: a.astype(jnp.float32), state), None, implementation="reference", dtype="float32")
+    print(f"{model} rows {rows}: plain {apart(plain, true):.5f}, fused {apart(fused, true):.5f}")
+    assert apart(fused, true) < 1.05 * apart(plain, true)
+    error = float(jnp.abs(fused - true).max())
+    top = jnp.sort(true, axis=-1)[:, -2:]
+    sure = np.asarray(top[:, 1] - top[:, 0] > 2 * error)
+    np.testing.assert_array_equal(np.asarray(fused.argmax(-1))[sure], np.asarray(true.argmax(-1))[sure])
+
+
+def test_unusual_blocks_run_as_plain_products():
+    base = SIZES | COMMON | dict(architectures=["Gemma2ForCausalLM"], model_type="gemma2", head_dim=32, hidden_activation="gelu_pytorch_tanh")
+    model = read_config(base | dict(query_pre_attn_scalar=32, sliding_window=16, attn_logit_softcapping=50.0, final_logit_softcapping=30.0))
+    assert Decoder(RandomWeights(tensor_shapes(model), decoder_mesh(), "bfloat16", 3), model).products() is None
+
+
+def test_the_verbs_mean_the_same_in_both_ways():
+    """One stream through both: product, gate, sum."""
+    h, norm = draw(1, 128), Norm(draw(128), 1e-6, 0.0)
+    weight, gate, down = draw(64, 128, scale=0.1), draw(256, 128, scale=0.1), draw(128, 128, scale=0.1)
+    ends = []
+    for run in (matmul.OneRow(interpret=True), matmul.FewRows("cpu", interpret=True)):
+        rows = 1 if isinstance(run, matmul.OneRow) else 2
+        stream, normed = run.norm(Stream(jnp.tile(h, (rows, 1))), norm)
+        product = run.product(normed, weight).sum(0)
+        stream = run.add(stream, run.gated(normed, gate, SILU), down)
+        ends.append((product[0], run.finish(stream, norm)[0]))
+    for one, few in zip(*ends, strict=True):
+        assert apart(one, few) < 2e-2
+    assert math.isclose(float(jnp.mean(jnp.square(ends[0][1].astype(jnp.float32) / norm.weight_D.astype(jnp.float32)))), 1, rel_tol=0.05)
