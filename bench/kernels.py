@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -68,22 +68,36 @@ def _arrays(case: Case, shape: tuple[int, ...], rows: int, key: jax.Array):
 # ---------------------------------------------------------------------- time
 
 
-def seconds(chain: Callable[[int], Callable], *args, sets: int, repeats: int) -> float:
-    """Seconds of one link of a chain: `chain(n)` is a function of `args` that does it n times, one after another, in one CUDA graph."""
-    few, many = jax.jit(chain(sets)), jax.jit(chain(4 * sets))
+@dataclass(frozen=True)
+class Timed:
+    """What is timed: `chain(n)` is a function of `args` that does it n times, one after another, in one CUDA graph."""
 
-    def once(run: Callable) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        return time.perf_counter() - start
+    chain: Callable[[int], Callable]
+    args: tuple
+    links: int
 
-    for run in (few, many, few, many):  # compiled, and its graph recorded
-        once(run)
-    return statistics.median((once(many) - once(few)) / (3 * sets) for _ in range(repeats))
+    def lowered(self) -> list[Any]:
+        return [jax.jit(self.chain(times * self.links)).lower(*self.args) for times in (1, 4)]
+
+    def seconds(self, few: Callable, many: Callable, repeats: int) -> float:
+        """Seconds of one link, by the two compiled programs."""
+
+        def once(run: Callable) -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(run(*self.args))
+            return time.perf_counter() - start
+
+        for run in (few, many, few, many):  # its graph recorded
+            once(run)
+        return statistics.median((once(many) - once(few)) / (3 * self.links) for _ in range(repeats))
 
 
-def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
-    """Seconds of one `paged_attention`, combine included; the plan, which a step makes once for all its layers, is not."""
+def seconds(timed: Timed, repeats: int) -> float:
+    return timed.seconds(*(program.compile() for program in timed.lowered()), repeats)
+
+
+def attention(case: Case, implementation: str) -> tuple[Timed, tuple[int, int]]:
+    """One `paged_attention`, combine included; the plan, which a step makes once for all its layers, is not. Also its table's shape."""
     sets, rows = draw(case)
     heads = case.heads
     shape: dict[str, Any] = dict(page_size=case.page_size, kv_heads=heads.kv_heads, group=heads.group, head_dim=heads.head_dim)
@@ -99,9 +113,12 @@ def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
 
         return run
 
-    links = max(4, len(sets))
-    took = seconds(chain, sets, rows, jax.jit(plan)(rows), sets=links, repeats=repeats)
-    return took - _holding_seconds(rows.table_MP.shape, links, repeats)
+    return Timed(chain, (sets, rows, jax.jit(plan)(rows)), max(4, len(sets))), rows.table_MP.shape
+
+
+def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
+    timed, table = attention(case, implementation)
+    return seconds(timed, repeats) - _holding_seconds(table, timed.links, repeats)
 
 
 def _after(rows: Rows, out: jax.Array) -> Rows:
@@ -122,7 +139,7 @@ def _holding_seconds(table: tuple[int, int], links: int, repeats: int) -> float:
 
         return run
 
-    return seconds(chain, rows, sets=links, repeats=repeats)
+    return seconds(Timed(chain, (rows,), links), repeats)
 
 
 def write_seconds(rows: int, heads: Heads, page_size: int, repeats: int) -> float:
@@ -140,7 +157,7 @@ def write_seconds(rows: int, heads: Heads, page_size: int, repeats: int) -> floa
 
         return run
 
-    return seconds(chain, pages, pages + 1, new, slots, sets=32, repeats=repeats)
+    return seconds(Timed(chain, (pages, pages + 1, new, slots), 32), repeats)
 
 
 # ---------------------------------------------------------------------- work

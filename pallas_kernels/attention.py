@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import attention_portable, attention_reference, attention_sm90, attention_sm90_prefill
+from pallas_kernels import attention_decode, attention_portable, attention_reference, attention_sm90, attention_sm90_prefill
 from pallas_kernels.attention_combine import combine
 from pallas_kernels.blocks import Decode, Prefill, Shape, blocks
 from pallas_kernels.work import Rows, Shares, Tiles, Work, lanes, shares, tiles
@@ -230,7 +230,8 @@ def _kernels(q_NQH, k_pages, v_pages, rows, work, lse, options, extras) -> tuple
     if mosaic:
         o_SGH, lse_SG = attention_sm90.decode(q_NQH, k_pages, v_pages, rows, work.shares, **options)
     else:
-        o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], **options, **extras)
+        decode = attention_decode.decode
+        return decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], chunk, lse=lse, **options, **extras)
     shape = dict(heads=q_NQH.shape[1], group=work.group, dtype=q_NQH.dtype)
     return combine(o_SGH, lse_SG, work.shares, chunk, packed=packed, lse=lse, interpret=work.interpret, **shape)
 

@@ -22,7 +22,7 @@ class Decode:
 
     kv_block: int
     num_warps: int = 4
-    num_stages: int = 5  # page numbers are loads too: below 5, one K buffer is in flight
+    num_stages: int = 3
     workers_per_core: int = 3
 
 
