@@ -63,7 +63,7 @@ def _kernel(o_ref, lse_ref, start_ref, count_ref, *refs, heads, group, head_dim,
     line = lax.rem(row * heads + head, jnp.int32(lines)) if packed else lax.rem(head, jnp.int32(group))
     count = plt.load(count_ref.at[row])
     begin = plt.load(start_ref.at[row]) + kv_head * count
-    worker = partial(_worker_of, total=plt.load(start_ref.at[jnp.int32(start_ref.shape[0] - 1)]), workers=workers)
+    worker = partial(worker_of, total=plt.load(start_ref.at[jnp.int32(start_ref.shape[0] - 1)]), workers=workers)
     first, last = worker(begin), jnp.where(count > 0, worker(begin + count - 1), -1)
     part = row * (heads // group) + kv_head
     feature = jnp.arange(pl.next_power_of_2(head_dim))
@@ -88,7 +88,7 @@ def _kernel(o_ref, lse_ref, start_ref, count_ref, *refs, heads, group, head_dim,
         plt.store(out_refs[1].at[row, head], jnp.where(count > 0, (peak + jnp.log2(jnp.maximum(total, 1e-30))) * LN2, -jnp.inf))
 
 
-def _worker_of(entry, *, total, workers):
+def worker_of(entry, *, total, workers):
     """The worker whose share holds an entry of the flat list: `shares` gives the first total % workers of them one entry more."""
     size, longer = lax.div(total, jnp.int32(workers)), lax.rem(total, jnp.int32(workers))
     cut = longer * (size + 1)

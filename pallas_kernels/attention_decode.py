@@ -3,16 +3,17 @@
 Flat stream-K: each worker of a fixed grid walks its share of the step's KV blocks in one loop that does not end where a row does, so that
 the next row's keys are under way while the last one's are multiplied. A (row, kv head) that one worker has for itself is written out at
 once. One that is cut leaves a part with each of its workers, and whichever of them is done last joins the parts, in the order of the
-workers, so that the result does not depend on who that was.
+workers, so that the result does not depend on who that was. A part is a softmax over some of the row's KV blocks, already divided by its
+own sum, with the base-2 logarithm of that sum beside it.
 
 Letters: M rows, Q query heads, K kv heads, H features, P pages, W workers; R query lines of a group, S tokens in a KV block, T workers
-whose parts are joined in a turn. Triton wants powers of two, so lines and features are padded with masks. `lax.div` and `lax.rem` stand
-for // and %, which fail to lower inside loops.
+whose parts are joined in a turn, L planes of features. Triton wants powers of two, so lines and features are padded with masks. `lax.div`
+and `lax.rem` stand for // and %, which fail to lower inside loops.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +21,13 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.attention_combine import LOW, worker_of
 from pallas_kernels.attention_portable import F16_MAX, FP8, LN2, LOG2E, WIDENED, _dot, _exp2, _unit
 from pallas_kernels.blocks import Decode, features
 from pallas_kernels.work import Rows, Shares
 
-LOW = -1e30  # below every score, and finite: LOW - LOW is 0
 JOINED = 32  # lines of parts that are joined in one turn
+LISTS = ("table", "length", "first", "count", "start", "following", "bound", "row", "head", "block")
 
 
 def decode(
@@ -36,63 +38,80 @@ def decode(
 
     chunk: the same of all N lanes, whose first M are then written in place.
     """
-    (_, kv_heads, page_size, head_dim), (_, heads, _) = k_pages.shape, q_NQH.shape
-    count, workers, dtype = rows.length_M.shape[0], shares.row_W.shape[0], q_NQH.dtype
-    extras = {} if sinks_Q is None else {"sinks": sinks_Q.astype(jnp.float32) * LOG2E}
-    planes = 1
-    if k_pages.dtype == FP8:
-        planes, ones = 2, jnp.ones(kv_heads, jnp.float32)
+    (_, kv_heads, page_size, head_dim), heads = k_pages.shape, q_NQH.shape[1]
+    count, workers, planes = rows.length_M.shape[0], shares.row_W.shape[0], 2 if k_pages.dtype == FP8 else 1
+    out = (jax.ShapeDtypeStruct((count, heads, head_dim), q_NQH.dtype), jax.ShapeDtypeStruct((count, heads), jnp.float32))[: 1 + lse]
+    q_LNQH, extras = q_NQH[None], {} if sinks_Q is None else {"sinks": sinks_Q.astype(jnp.float32) * LOG2E}
+    if planes == 2:
+        ones = jnp.ones(kv_heads, jnp.float32)
         extras["k_scale"], extras["v_scale"] = (WIDENED * (ones if x is None else x.astype(jnp.float32)) for x in (k_scale_K, v_scale_K))
         k_pages, v_pages = _pairs(k_pages), _pairs(v_pages)
-        q_NQH = jnp.clip(q_NQH, -F16_MAX, F16_MAX).astype(jnp.float16)  # q of bfloat16 has no bits that float16 would round
-    q_LMQH = jnp.stack([q_NQH[:count, :, plane::planes] for plane in range(planes)])
-    out = chunk or (jax.ShapeDtypeStruct((count, heads, head_dim), dtype), jax.ShapeDtypeStruct((count, heads), jnp.float32))[: 1 + lse]
-    parts = 2 * workers, heads // kv_heads
-    scratch = jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)
-    inputs = (
-        q_LMQH, k_pages, v_pages, rows.table_MP, rows.length_M, shares.first_M, shares.count_M, shares.start_M1, shares.next_M,
-        shares.bound_W1, shares.row_W, *extras.values(),
+        q_MQH = jnp.clip(q_NQH[:count], -F16_MAX, F16_MAX).astype(jnp.float16)  # q of bfloat16 has no bits that float16 would round
+        q_LNQH = jnp.stack([q_MQH[..., plane::2] for plane in range(2)])
+    lists = (
+        rows.table_MP, rows.length_M, shares.first_M, shares.count_M, shares.start_M1, shares.next_M, shares.bound_W1, shares.row_W,
+        shares.head_W, shares.block_W,
     )  # fmt: skip
-    arrived_W = jnp.zeros(workers, jnp.int32)
-    aliases = {len(inputs): len(out) + 2} | {len(inputs) + 1 + i: i for i in range(len(chunk or ()))}
-    kernel = partial(
-        _kernel,
-        names=tuple(extras),
-        lse=lse,
-        shape=_Shape(heads // kv_heads, kv_heads, page_size, head_dim, planes, blocks.kv_block, workers),
-        scale=scale,
-        window=window,
-        softcap=softcap,
-        interpret=interpret,
+    inputs = (q_LNQH, k_pages, v_pages, *lists, *extras.values())
+    # Zeros of each call's own: XLA makes those of all layers in one kernel when a step begins, and none waits for them.
+    written = (*(chunk or ()), jnp.zeros(workers, jnp.int32))
+    parts = (2 * workers, heads // kv_heads)
+    outputs = (
+        *(chunk or out),
+        written[-1],
+        jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
+        jax.ShapeDtypeStruct(parts, jnp.float32),
+    )
+    options = _Options(
+        heads // kv_heads, kv_heads, page_size, head_dim, planes, blocks.kv_block, workers, lse, scale, window, softcap, interpret
     )
     done = pl.pallas_call(
-        kernel,
+        partial(_kernel, options, tuple(extras)),
         grid=(workers,),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*out, *scratch, arrived_W)],
-        input_output_aliases=aliases,
+        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
+        input_output_aliases={len(inputs) + i: len(out) + 1 - len(written) + i for i in range(len(written))},
         compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
         name="paged_decode",
-    )(*inputs, arrived_W, *(chunk or ()))
+    )(*inputs, *written)
     return tuple(done[: len(out)])
 
 
 @dataclass(frozen=True)
-class _Shape:
+class _Options:
     """What is fixed when the kernel is compiled."""
 
     group: int
     kv_heads: int
     page_size: int
     head_dim: int
-    planes: int
+    planes: int  # 2 for fp8 pages: even features and odd ones
     kv_block: int
     workers: int
+    lse: bool
+    scale: float
+    window: int | None
+    softcap: float | None
+    interpret: bool
 
     @property
-    def width(self) -> int:
-        """Features of a plane."""
-        return self.head_dim // self.planes
+    def paged(self) -> bool:
+        """Whether a KV block is in one page."""
+        return self.page_size % self.kv_block == 0
+
+    @property
+    def lines(self) -> Array:
+        return jnp.arange(max(16, pl.next_power_of_2(self.group)))
+
+    @property
+    def plane(self) -> Array:
+        """The features of a plane, padded."""
+        return jnp.arange(features(self.head_dim // self.planes))
+
+    @property
+    def features(self) -> Array:
+        """Those of all planes."""
+        return jnp.arange(features(self.head_dim // self.planes) * self.planes)
 
 
 @jax.tree_util.register_dataclass
@@ -109,7 +128,7 @@ class _Row:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Place:
-    """Where a worker is: a KV block of a head of a row, and the row to come after it."""
+    """Where a worker is: a KV block of a head of a row, its page or those of its tokens, and the row to come after this one."""
 
     here: _Row
     head: Array
@@ -118,188 +137,172 @@ class _Place:
     later: _Row
 
 
-def _kernel(
-    q_ref, k_ref, v_ref, table_ref, length_ref, first_ref, count_ref, start_ref, next_ref, bound_ref, row_ref, *refs,
-    names, lse, shape: _Shape, scale, window, softcap, interpret,
-):  # fmt: skip
+def _kernel(options: _Options, names, q, k, v, *rest):
+    extras, outputs = dict(zip(names, rest[len(LISTS) :], strict=False)), rest[-4 - options.lse :]
+    refs = SimpleNamespace(q=q, k=k, v=v, extras=extras, o=outputs[0], lse=outputs[1] if options.lse else None)
+    refs.__dict__.update(zip(LISTS, rest, strict=False))
+    refs.arrived, refs.part, refs.part_lse = outputs[-3:]
     worker = pl.program_id(0)
-    extras, outputs = dict(zip(names, refs, strict=False)), refs[-(4 + lse) :]
-    out_refs, (part_ref, part_lse_ref, arrived_ref) = outputs[: 1 + lse], outputs[1 + lse :]
-    begin, stop = plt.load(bound_ref.at[worker]), plt.load(bound_ref.at[worker + 1])
-    line, feature = jnp.arange(max(16, pl.next_power_of_2(shape.group))), jnp.arange(features(shape.width))
-    whole_feature = jnp.arange(features(shape.width) * shape.planes)
-    slot, block_size = jnp.arange(shape.kv_block), jnp.int32(shape.kv_block)
-    live_H = feature < shape.width
-    live_RH = (line < shape.group)[:, None] & live_H[None, :]
-    whole_RH = (line < shape.group)[:, None] & (whole_feature < shape.head_dim)[None, :]
-    paged = shape.page_size % shape.kv_block == 0  # a KV block is in one page
-
-    def row_at(row):
-        first = plt.load(first_ref.at[row])
-        return _Row(row, plt.load(length_ref.at[row]), first, first + plt.load(count_ref.at[row]))
-
-    def page_at(row, block):
-        return plt.load(table_ref.at[row, lax.div(block * block_size, jnp.int32(shape.page_size))]) if paged else row
-
-    def following(at: _Place) -> _Place:
-        """The next block of the flat list."""
-        block = at.block + 1
-        turned = block == at.here.end
-        head = jnp.where(turned, at.head + 1, at.head)
-        left = head == shape.kv_heads
-        here = jax.tree.map(partial(jnp.where, left), at.later, at.here)
-        block = jnp.where(turned, here.first, block)
-        later = row_at(plt.load(next_ref.at[here.row]))
-        return _Place(here, jnp.where(left, 0, head), block, page_at(here.row, block), later)
-
-    def turn(i, state):
-        at, opened, attended = state
-        row, head, block = at.here.row, at.head, at.block
-        position_S = block * block_size + slot
-        seen_S = position_S < at.here.length
-        if window is not None:
-            seen_S &= position_S >= at.here.length - window
-        if paged:
-            place_S, page = lax.rem(block * block_size, jnp.int32(shape.page_size)) + slot, at.page
-        else:
-            place_S = lax.rem(position_S, jnp.int32(shape.page_size))
-            page = plt.load(table_ref.at[row, lax.div(position_S, jnp.int32(shape.page_size))], mask=seen_S, other=0)[:, None]
-        live_SH = seen_S[:, None] & live_H[None, :]
-        index = page, head, place_S[:, None], feature[None, :]
-        k_SH = _planes(plt.load(k_ref.at[index], mask=live_SH, other=0), interpret)
-        v_SH = _planes(plt.load(v_ref.at[index], mask=live_SH, other=0), interpret)
-        q_index = row, head * shape.group + line[:, None], feature[None, :]
-        q_RH = [plt.load(q_ref.at[(plane, *q_index)], mask=live_RH, other=0) for plane in range(shape.planes)]
-        opens = block == at.here.first
-        opened = opens | (opened & (i != begin))
-        if "sinks" in extras:
-            sink_R = plt.load(extras["sinks"].at[head * shape.group + line], mask=line < shape.group, other=LOW)
-            attended = (jnp.where(opens, sink_R, attended[0]), jnp.where(opens, 1.0, attended[1]), attended[2])
-        k_unit = scale * plt.load(extras["k_scale"].at[head]) if "k_scale" in extras else scale
-        s_RS = sum(_dot(q, k, trans_b=True) for q, k in zip(q_RH, k_SH, strict=True))
-        s_RS = s_RS if softcap is None else jnp.tanh(s_RS * (k_unit / softcap))
-        s_RS = jnp.where(seen_S[None, :], s_RS, -jnp.inf)
-        attended = _attend(attended, s_RS, v_SH, _unit(k_unit, softcap), interpret)
-        closes = block + 1 == at.here.end
-
-        def leave(attended):
-            peak_R, sum_R, o_LRH = attended
-            o_RH = o_LRH[0] if shape.planes == 1 else jnp.stack(o_LRH, axis=-1).reshape(whole_RH.shape)
-            o_RH = o_RH / jnp.maximum(sum_R, 1e-30)[:, None]
-            o_RH = o_RH * plt.load(extras["v_scale"].at[head]) if "v_scale" in extras else o_RH
-            lse_R = peak_R + jnp.log2(jnp.maximum(sum_R, 1e-30))
-            whole = opened & closes
-            lane = head * shape.group + line
-            index = row, lane[:, None], whole_feature[None, :]
-            plt.store(out_refs[0].at[index], o_RH.astype(out_refs[0].dtype), mask=whole_RH & whole)
-            if lse:
-                plt.store(out_refs[1].at[row, lane], lse_R * LN2, mask=(line < shape.group) & whole)
-            part = 2 * worker + opened.astype(jnp.int32)
-            plt.store(part_ref.at[part, line[:, None], whole_feature[None, :]], o_RH, mask=whole_RH & ~whole)
-            plt.store(part_lse_ref.at[part, line], lse_R, mask=(line < shape.group) & ~whole)
-            return _nothing(line.shape[0], feature.shape[0], shape.planes)
-
-        attended = lax.cond(closes | (i + 1 == stop), leave, lambda attended: attended, attended)
-        return following(at), opened, attended
-
-    row = plt.load(row_ref.at[worker])
-    count, here, offset = plt.load(count_ref.at[row]), row_at(row), begin - plt.load(start_ref.at[row])
-    head, block = lax.div(offset, count), here.first + lax.rem(offset, count)
-    at = _Place(here, head, block, page_at(row, block), row_at(plt.load(next_ref.at[row])))
-    nothing = _nothing(line.shape[0], feature.shape[0], shape.planes)
-
-    def empty(turn, _):
-        """Zeros for the rows that do not decode."""
-        row = worker + turn * shape.workers
-
-        @pl.when(plt.load(count_ref.at[row]) == 0)
-        def _():
-            every = jnp.arange(pl.next_power_of_2(shape.kv_heads * shape.group))
-            real = every < shape.kv_heads * shape.group
-            zeros = jnp.zeros((every.shape[0], whole_feature.shape[0]), out_refs[0].dtype)
-            mask = real[:, None] & (whole_feature < shape.head_dim)[None, :]
-            plt.store(out_refs[0].at[row, every[:, None], whole_feature[None, :]], zeros, mask=mask)
-            if lse:
-                plt.store(out_refs[1].at[row, every], jnp.full(every.shape, -jnp.inf), mask=real)
-
-        return ()
-
-    rows = length_ref.shape[0]
-    lax.fori_loop(jnp.int32(0), lax.div(rows - 1 - worker + shape.workers, jnp.int32(shape.workers)), empty, ())
+    begin, stop, row = plt.load(refs.bound.at[worker]), plt.load(refs.bound.at[worker + 1]), plt.load(refs.row.at[worker])
+    head, block, here = plt.load(refs.head.at[worker]), plt.load(refs.block.at[worker]), _row(refs, row)
+    at = _Place(here, head, block, _pages(options, refs, here, block), _row(refs, plt.load(refs.following.at[row])))
+    _zeros(options, refs, worker)
 
     @pl.when(begin < stop)
     def _():
-        end, _, _ = lax.fori_loop(begin, stop, turn, (at, jnp.bool_(False), nothing))
-        _join_cut(worker, begin, stop, start_ref, count_ref, row_ref, out_refs, part_ref, part_lse_ref, arrived_ref, shape, lse, interpret)
+        start = at, jnp.bool_(False), _nothing(options)
+        lax.fori_loop(begin, stop, partial(_turn, options, refs, worker, stop), start)
+        _join_cut(options, refs, worker, begin, stop)
 
 
-def _join_cut(worker, begin, stop, start_ref, count_ref, row_ref, out_refs, part_ref, part_lse_ref, arrived_ref, shape, lse, interpret):
-    """Count this worker as arrived at the (row, head) it began in and at that it stopped in, and join the parts of those it is the last at."""
-    total = plt.load(start_ref.at[jnp.int32(start_ref.shape[0] - 1)])
-    worker_of = partial(_worker_of, total=total, workers=shape.workers)
-    if not interpret:
-        plt.debug_barrier()  # the parts are written by all threads, the arrival by one
+def _row(refs, row) -> _Row:
+    first = plt.load(refs.first.at[row])
+    return _Row(row, plt.load(refs.length.at[row]), first, first + plt.load(refs.count.at[row]))
 
-    def look(turn, last_first):
-        # first where it began, then where it stopped; the row it stopped in is where the next worker begins, if that is cut
-        w = worker + turn
-        row = plt.load(row_ref.at[w])
-        count, start, at = plt.load(count_ref.at[row]), plt.load(start_ref.at[row]), jnp.where(turn == 0, begin, stop)
+
+def _pages(options: _Options, refs, here: _Row, block):
+    """The page of a KV block, or of each of its tokens. It is looked up a turn before its keys are wanted."""
+    position, size = block * options.kv_block, jnp.int32(options.page_size)
+    if options.paged:
+        return plt.load(refs.table.at[here.row, lax.div(position, size)])
+    position_S = position + jnp.arange(options.kv_block)
+    return plt.load(refs.table.at[here.row, lax.div(position_S, size)], mask=position_S < here.length, other=0)
+
+
+def _following(options: _Options, refs, at: _Place) -> _Place:
+    """The next block of the flat list. All that it loads is for the turn after the next, but for the page."""
+    block = at.block + 1
+    turned = block == at.here.end
+    head = jnp.where(turned, at.head + 1, at.head)
+    left = head == options.kv_heads
+    here = jax.tree.map(partial(jnp.where, left), at.later, at.here)
+    block = jnp.where(turned, here.first, block)
+    later = _row(refs, plt.load(refs.following.at[here.row]))
+    return _Place(here, jnp.where(left, 0, head), block, _pages(options, refs, here, block), later)
+
+
+def _turn(options: _Options, refs, worker, stop, i, state):
+    """Attend to one KV block. opened: whether this worker has the (row, head) from its first block on."""
+    (at, opened, attended), group = state, options.group
+    line, feature, live_H = options.lines, options.plane, options.plane < options.head_dim // options.planes
+    position = at.block * options.kv_block
+    position_S = position + jnp.arange(options.kv_block)
+    seen_S = position_S < at.here.length
+    if options.window is not None:
+        seen_S &= position_S >= at.here.length - options.window
+    if options.paged:
+        page, place_S = at.page, lax.rem(position, jnp.int32(options.page_size)) + jnp.arange(options.kv_block)
+    else:
+        page, place_S = at.page[:, None], lax.rem(position_S, jnp.int32(options.page_size))
+    index, live_SH = (page, at.head, place_S[:, None], feature[None, :]), seen_S[:, None] & live_H[None, :]
+    k_LSH, v_LSH = (_planes(plt.load(ref.at[index], mask=live_SH, other=0), options.interpret) for ref in (refs.k, refs.v))
+    index, live_RH = (at.here.row, at.head * group + line[:, None], feature[None, :]), (line < group)[:, None] & live_H[None, :]
+    q_LRH = [plt.load(refs.q.at[(plane, *index)], mask=live_RH, other=0) for plane in range(options.planes)]
+
+    opens, closes = at.block == at.here.first, at.block + 1 == at.here.end
+    opened |= opens
+    if "sinks" in refs.extras:
+        sink_R = plt.load(refs.extras["sinks"].at[at.head * group + line], mask=line < group, other=LOW)
+        attended = (jnp.where(opens, sink_R, attended[0]), jnp.where(opens, 1.0, attended[1]), attended[2])
+    unit = options.scale * plt.load(refs.extras["k_scale"].at[at.head]) if "k_scale" in refs.extras else options.scale
+    s_RS = sum(_dot(q_RH, k_SH, trans_b=True) for q_RH, k_SH in zip(q_LRH, k_LSH, strict=True))
+    s_RS = s_RS if options.softcap is None else jnp.tanh(s_RS * (unit / options.softcap))
+    s_RS = jnp.where(seen_S[None, :], s_RS, -jnp.inf)
+    attended = _attend(attended, s_RS, v_LSH, _unit(unit, options.softcap), options.interpret)
+    leave = partial(_leave, options, refs, worker, at, opened, closes)
+    attended = lax.cond(closes | (i + 1 == stop), leave, lambda attended: attended, attended)
+    return _following(options, refs, at), opened, attended
+
+
+def _leave(options: _Options, refs, worker, at: _Place, opened, closes, attended):
+    """Write what this worker has of a (row, head): the whole of it to its place, a piece to a part. Each worker has two parts at most."""
+    peak_R, sum_R, o_LRH = attended
+    line, feature = options.lines, options.features
+    sum_R, live_R, whole, lane_R = jnp.maximum(sum_R, 1e-30), line < options.group, opened & closes, at.head * options.group + line
+    o_RH = o_LRH[0] if options.planes == 1 else jnp.stack(o_LRH, axis=-1).reshape(line.shape[0], -1)
+    o_RH = o_RH / sum_R[:, None]
+    o_RH = o_RH * plt.load(refs.extras["v_scale"].at[at.head]) if "v_scale" in refs.extras else o_RH
+    lse_R, live_RH = peak_R + jnp.log2(sum_R), live_R[:, None] & (feature < options.head_dim)[None, :]
+    plt.store(refs.o.at[at.here.row, lane_R[:, None], feature[None, :]], o_RH.astype(refs.o.dtype), mask=live_RH & whole)
+    if options.lse:
+        plt.store(refs.lse.at[at.here.row, lane_R], lse_R * LN2, mask=live_R & whole)
+    part = 2 * worker + opened.astype(jnp.int32)
+    plt.store(refs.part.at[part, line[:, None], feature[None, :]], o_RH, mask=live_RH & ~whole)
+    plt.store(refs.part_lse.at[part, line], lse_R, mask=live_R & ~whole)
+    return _nothing(options)
+
+
+def _zeros(options: _Options, refs, worker):
+    """Write the lanes of rows that do not decode, each by one worker."""
+    head, feature = jnp.arange(pl.next_power_of_2(options.kv_heads * options.group)), options.features
+    live_Q, rows = head < options.kv_heads * options.group, refs.length.shape[0]
+
+    def zero(turn, _):
+        row = worker + turn * options.workers
+
+        @pl.when(plt.load(refs.count.at[row]) == 0)
+        def _():
+            index, live_QH = (row, head[:, None], feature[None, :]), live_Q[:, None] & (feature < options.head_dim)[None, :]
+            plt.store(refs.o.at[index], jnp.zeros(live_QH.shape, refs.o.dtype), mask=live_QH)
+            if options.lse:
+                plt.store(refs.lse.at[row, head], jnp.full(head.shape, -jnp.inf), mask=live_Q)
+
+        return ()
+
+    lax.fori_loop(jnp.int32(0), lax.div(rows - 1 - worker + options.workers, jnp.int32(options.workers)), zero, ())
+
+
+def _join_cut(options: _Options, refs, worker, begin, stop):
+    """Arrive at the (row, head) that this worker began inside of and at the one it stopped in; join the parts where it is the last to."""
+    holder = partial(worker_of, total=plt.load(refs.start.at[jnp.int32(refs.start.shape[0] - 1)]), workers=options.workers)
+    if not options.interpret:
+        plt.debug_barrier()  # all threads have written their parts before one of them says so
+
+    def look(turn, joined):
+        at, row = jnp.where(turn == 0, begin, stop), plt.load(refs.row.at[worker + turn])  # the next worker begins where this one stops
+        count, start = plt.load(refs.count.at[row]), plt.load(refs.start.at[row])
         head = lax.div(at - start, jnp.maximum(count, 1))
         opening = start + head * count
-        cut = (opening < at) & (count > 0)
-        first, last = worker_of(opening), worker_of(opening + count - 1)
-        cut &= first != last_first
+        first, last = holder(opening), holder(opening + count - 1)
+        cut = (count > 0) & (opening < at) & (first != joined)
 
         @pl.when(cut)
         def _():
-            arrived = plt.atomic_add(arrived_ref, (first,), jnp.int32(1))
+            # One worker at most has a given one as the first of a cut (row, head). The atomic releases and acquires.
+            arrived = plt.atomic_add(refs.arrived, (first,), jnp.int32(1))
+            pl.when(arrived == last - first)(partial(_join, options, refs, row, head, first, last))
 
-            @pl.when(arrived == last - first)
-            def _():
-                _join(row, head, first, last, out_refs, part_ref, part_lse_ref, shape, lse)
+        return jnp.where(cut, first, joined)
 
-        return jnp.where(cut, first, last_first)
-
-    lax.fori_loop(jnp.int32(0), jnp.where(worker + 1 < shape.workers, jnp.int32(2), jnp.int32(1)), look, jnp.int32(-1))
+    lax.fori_loop(jnp.int32(0), jnp.where(worker + 1 < options.workers, jnp.int32(2), jnp.int32(1)), look, jnp.int32(-1))
 
 
-def _join(row, head, first, last, out_refs, part_ref, part_lse_ref, shape, lse):
-    """Write a row and head from its parts, which workers [first, last] left."""
-    lines = pl.next_power_of_2(shape.group)
-    workers = max(1, JOINED // lines)
-    line, feature = jnp.arange(lines), jnp.arange(features(shape.width) * shape.planes)
-    live_RH = (line < shape.group)[:, None] & (feature < shape.head_dim)[None, :]
+def _join(options: _Options, refs, row, head, first, last):
+    """Write a (row, head) from the parts that workers [first, last] left."""
+    lines = pl.next_power_of_2(options.group)
+    line, feature, together = jnp.arange(lines), options.features, max(1, JOINED // lines)
+    live_R, live_H = line < options.group, feature < options.head_dim
 
     def turn(i, state):
-        peak_R, total_R, o_RH = state
-        worker_T = first + i * workers + jnp.arange(workers)
-        live_TR = (worker_T <= last)[:, None] & (line < shape.group)[None, :]
+        peak_R, sum_R, o_RH = state
+        worker_T = first + i * together + jnp.arange(together)
         part_T = 2 * worker_T + (worker_T == first).astype(jnp.int32)
-        lse_TR = plt.load(part_lse_ref.at[part_T[:, None], line[None, :]], mask=live_TR, other=LOW)
-        live_TRH = live_TR[:, :, None] & (feature < shape.head_dim)[None, None, :]
+        live_TR = (worker_T <= last)[:, None] & live_R[None, :]
+        lse_TR = plt.load(refs.part_lse.at[part_T[:, None], line[None, :]], mask=live_TR, other=LOW)
         index = part_T[:, None, None], line[None, :, None], feature[None, None, :]
-        o_TRH = plt.load(part_ref.at[index], mask=live_TRH, other=0.0)
+        o_TRH = plt.load(refs.part.at[index], mask=live_TR[:, :, None] & live_H[None, None, :], other=0.0)
         new_R = jnp.maximum(peak_R, jnp.max(lse_TR, axis=0))
-        weight_TR = jnp.exp2(lse_TR - new_R[None, :])
-        keep_R = jnp.exp2(peak_R - new_R)
+        weight_TR, keep_R = jnp.exp2(lse_TR - new_R[None, :]), jnp.exp2(peak_R - new_R)
         more_RH = jnp.sum(weight_TR[:, :, None] * o_TRH, axis=0)
-        return new_R, total_R * keep_R + jnp.sum(weight_TR, axis=0), o_RH * keep_R[:, None] + more_RH
+        return new_R, sum_R * keep_R + jnp.sum(weight_TR, axis=0), o_RH * keep_R[:, None] + more_RH
 
-    start = (jnp.full(lines, LOW, jnp.float32), jnp.zeros(lines, jnp.float32), jnp.zeros(live_RH.shape, jnp.float32))
-    peak_R, total_R, o_RH = lax.fori_loop(jnp.int32(0), lax.div(last - first + workers, jnp.int32(workers)), turn, start)
-    total_R, lane = jnp.maximum(total_R, 1e-30), head * shape.group + line
-    o_RH = (o_RH / total_R[:, None]).astype(out_refs[0].dtype)
-    plt.store(out_refs[0].at[row, lane[:, None], feature[None, :]], o_RH, mask=live_RH)
-    if lse:
-        plt.store(out_refs[1].at[row, lane], (peak_R + jnp.log2(total_R)) * LN2, mask=line < shape.group)
-
-
-def _worker_of(entry, *, total, workers):
-    """The worker whose share holds an entry of the flat list: `shares` gives the first total % workers of them one entry more."""
-    size, longer = lax.div(total, jnp.int32(workers)), lax.rem(total, jnp.int32(workers))
-    cut = longer * (size + 1)
-    return jnp.where(entry < cut, lax.div(entry, size + 1), longer + lax.div(entry - cut, jnp.maximum(size, 1)))
+    nothing = jnp.full(lines, LOW, jnp.float32), jnp.zeros(lines, jnp.float32), jnp.zeros((lines, feature.shape[0]), jnp.float32)
+    peak_R, sum_R, o_RH = lax.fori_loop(jnp.int32(0), lax.div(last - first + together, jnp.int32(together)), turn, nothing)
+    sum_R, lane_R = jnp.maximum(sum_R, 1e-30), head * options.group + line
+    o_RH = (o_RH / sum_R[:, None]).astype(refs.o.dtype)
+    plt.store(refs.o.at[row, lane_R[:, None], feature[None, :]], o_RH, mask=live_R[:, None] & live_H[None, :])
+    if options.lse:
+        plt.store(refs.lse.at[row, lane_R], (peak_R + jnp.log2(sum_R)) * LN2, mask=live_R)
 
 
 def _pairs(pages: Array) -> Array:
@@ -336,10 +339,11 @@ def _planes(x, interpret: bool):
     return [lax.bitcast_convert_type(bits, jnp.float16) for bits in (even, odd)]
 
 
-def _nothing(lines: int, width: int, planes: int):
+def _nothing(options: _Options):
     """An online softmax that has seen no token: (peak of base-2 scores, sum, output by plane), float32."""
+    lines, width = options.lines.shape[0], options.plane.shape[0]
     low, zero = jnp.full((lines,), LOW, jnp.float32), jnp.zeros((lines,), jnp.float32)
-    return low, zero, [jnp.zeros((lines, width), jnp.float32) for _ in range(planes)]
+    return low, zero, [jnp.zeros((lines, width), jnp.float32) for _ in range(options.planes)]
 
 
 def _attend(attended, s_RS, v_SH, unit, interpret):
