@@ -287,8 +287,7 @@ def tuned_cases() -> dict[str, Case]:
             heads, (max(TUNED_LENGTHS),) * rows, pages=pages
         )
         for heads, pages in ((LLAMA_8B, None), (QWEN_3B, None), (QWEN_05B, None), (LLAMA_8B, FP8), (QWEN_05B, FP8))
-        for rows in (1, 8, 64, 256)
-        if not (pages and rows == 8)
+        for rows in ((1, 64, 256) if pages else (1, 8, 16, 64, 256))
     }
     return decodes | PREFILL
 
@@ -301,8 +300,7 @@ def tune(device_kind: str, repeats: int, cases: dict[str, Case], folder: Path) -
         op, candidates = ("prefill", PREFILLS) if case.chunk else ("decode", list(DECODES))
         heads, page, rows = case.heads, case.page_size, case.chunk or len(case.lengths)
         shape = {"op": op, "head_dim": heads.head_dim, "group": heads.group, "page_size": page, "dtype": case.page_dtype, "rows": rows}
-        default = blocks.default_prefill if case.chunk else blocks.default_decode
-        usual = default(heads.head_dim, case.page_dtype)
+        usual = blocks.default(op, blocks.Shape(heads.head_dim, heads.group, page, case.page_dtype, rows, max(case.lengths)))
         if case.chunk:
             shape["length"] = -(-max(case.lengths) // page) * page
         best, times = chosen(usual, _tried(op, [usual, *(c for c in candidates if c != usual)], case, repeats))

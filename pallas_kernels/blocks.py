@@ -74,15 +74,27 @@ def blocks(op: str, device_kind: str, shape: Shape) -> Decode | Prefill:
     ]
     rows = [row for row in rows if shape.apart(row) <= NEAR[op]]
     if not rows:
-        return default_decode(shape.head_dim, shape.dtype) if op == "decode" else default_prefill(shape.head_dim, shape.dtype)
+        return default(op, shape)
     nearest = min(rows, key=shape.apart)
     return KINDS[op](**{field.name: nearest[field.name] for field in fields(KINDS[op])})
 
 
-def default_decode(head_dim: int, dtype) -> Decode:
-    """A KV block of at most 16 kB, so that K and V fit twice in the shared memory of the smallest card (99 kB)."""
+def default(op: str, shape: Shape) -> Decode | Prefill:
+    """Sizes for a shape that is far from all that were measured."""
+    if op == "decode":
+        return default_decode(shape.head_dim, shape.dtype, shape.rows)
+    return default_prefill(shape.head_dim, shape.dtype)
+
+
+def default_decode(head_dim: int, dtype, rows: int) -> Decode:
+    """A KV block of at most 16 kB, so that K and V fit twice in the shared memory of the smallest card (99 kB).
+
+    Few rows want few workers: a row that fewer share is joined from fewer parts.
+    """
     size = jnp.dtype(dtype).itemsize
     kv_block = max(16, min(64, 16384 // (features(head_dim) * size)))
+    if rows <= 8:
+        return Decode(kv_block, num_stages=3, workers_per_core=1)
     return Decode(kv_block, 2, 3, 4) if size == 1 else Decode(kv_block)
 
 

@@ -71,10 +71,10 @@ def test_tuning_writes_what_plans_then_read(table, monkeypatch):
 
     assert chosen(32) == chosen(200) == wins[64]
     assert chosen(600) == wins[1024]
-    assert chosen(1, group=1) == blocks.default_decode(64, "bfloat16"), "too far from what was measured"
-    assert chosen(64, head_dim=128) == blocks.default_decode(128, "bfloat16")
-    assert chosen(64, dtype=FP8) == blocks.default_decode(64, FP8)
-    assert chosen(64, kind="Another GPU") == blocks.default_decode(64, "bfloat16") != wins[64]
+    assert chosen(1, group=1) == blocks.default_decode(64, "bfloat16", 1), "too far from what was measured"
+    assert chosen(64, head_dim=128) == blocks.default_decode(128, "bfloat16", 64)
+    assert chosen(64, dtype=FP8) == blocks.default_decode(64, FP8, 64)
+    assert chosen(64, kind="Another GPU") == blocks.default_decode(64, "bfloat16", 64) != wins[64]
 
 
 def test_a_small_gain_is_noise():
