@@ -12,11 +12,13 @@ N tokens, M rows, Q query heads, K kv heads, H features a head.
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,7 @@ import numpy as np
 from bench import plots, record
 from bench.workloads import MACHINES
 from pallas_kernels import Rows, blocks, capability_of, implementation_for, paged_attention, plan_work, write_kv
-from pallas_kernels.shapes import DECODE, FP8, LLAMA_8B, PREFILL, QWEN_05B, Case, Heads
+from pallas_kernels.shapes import DECODE, FP8, LLAMA_8B, PREFILL, QWEN_05B, QWEN_3B, Case, Heads
 
 L2_TIMES = 4  # pages of all sets together, in multiples of 64 MB: more than any device's second-level cache holds
 MEMORY = 60e9  # bytes of pages that the largest case may take
@@ -40,13 +42,17 @@ FA3 = {"NVIDIA H200": {"8b_1x8192": 1.98, "8b_16x4096": 3.69, "8b_64x4096": 4.22
 # ---------------------------------------------------------------------- arrays
 
 
-def draw(case: Case) -> tuple[list[tuple], Rows]:
-    """Several sets of (q, k_pages, v_pages) and the rows. Pages of a row are scattered, as in an engine that has served for a while."""
+def draw(case: Case, shortest: int | None = None) -> tuple[list[tuple], Rows]:
+    """Several sets of (q, k_pages, v_pages) and the rows. Pages of a row are scattered, as in an engine that has served for a while.
+
+    shortest: tokens that are read of a row at least, if not all.
+    """
     heads, size = case.heads, case.page_size
     needed = [-(-length // size) for length in case.lengths]
     pages = sum(needed) + 1
     each = 2 * pages * heads.kv_heads * size * heads.head_dim * jnp.dtype(case.page_dtype).itemsize
-    sets = int(max(2, min(16, -(-L2_TIMES * 64e6 // each)))) if each < MEMORY / 2 else 1
+    read = each if shortest is None else each * shortest / max(case.lengths)
+    sets = int(max(2, min(32, -(-L2_TIMES * 64e6 // read)))) if each < MEMORY / 2 else 1
     order = np.random.default_rng(0).permutation(pages - 1) + 1
     table, taken = np.zeros((len(needed), max(needed)), np.int32), 0
     for row, count in enumerate(needed):
@@ -68,23 +74,38 @@ def _arrays(case: Case, shape: tuple[int, ...], rows: int, key: jax.Array):
 # ---------------------------------------------------------------------- time
 
 
-def seconds(chain: Callable[[int], Callable], *args, sets: int, repeats: int) -> float:
-    """Seconds of one link of a chain: `chain(n)` is a function of `args` that does it n times, one after another, in one CUDA graph."""
-    few, many = jax.jit(chain(sets)), jax.jit(chain(4 * sets))
+@dataclass(frozen=True)
+class Timed:
+    """What is timed: `chain(n)` is a function of `args` that does it n times, one after another, in one CUDA graph."""
 
-    def once(run: Callable) -> float:
-        start = time.perf_counter()
-        jax.block_until_ready(run(*args))
-        return time.perf_counter() - start
+    chain: Callable[[int], Callable]
+    args: tuple
+    links: int
 
-    for run in (few, many, few, many):  # compiled, and its graph recorded
-        once(run)
-    return statistics.median((once(many) - once(few)) / (3 * sets) for _ in range(repeats))
+    def lowered(self) -> list[Any]:
+        return [jax.jit(self.chain(times * self.links)).lower(*self.args) for times in (1, 4)]
+
+    def seconds(self, few: Callable, many: Callable, repeats: int) -> float:
+        """Seconds of one link, by the two compiled programs."""
+
+        def once(run: Callable) -> float:
+            start = time.perf_counter()
+            jax.block_until_ready(run(*self.args))
+            return time.perf_counter() - start
+
+        for run in (few, many, few, many):  # its graph recorded
+            once(run)
+        return statistics.median((once(many) - once(few)) / (3 * self.links) for _ in range(repeats))
 
 
-def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
-    """Seconds of one `paged_attention`, combine included; the plan, which a step makes once for all its layers, is not."""
-    sets, rows = draw(case)
+def seconds(timed: Timed, repeats: int) -> float:
+    return timed.seconds(*(program.compile() for program in timed.lowered()), repeats)
+
+
+def attention(case: Case, implementation: str, rows: Rows | None = None) -> Timed:
+    """One `paged_attention`; the plan, which a step makes once for all its layers, is not timed. rows: None takes the case's own."""
+    sets, own = draw(case)
+    rows = own if rows is None else rows
     heads = case.heads
     shape: dict[str, Any] = dict(page_size=case.page_size, kv_heads=heads.kv_heads, group=heads.group, head_dim=heads.head_dim)
     plan = partial(
@@ -101,9 +122,12 @@ def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
 
         return run
 
-    links = max(4, len(sets))
-    took = seconds(chain, sets, rows, jax.jit(plan)(rows), sets=links, repeats=repeats)
-    return took - _holding_seconds(rows.table_MP.shape, links, repeats)
+    return Timed(chain, (sets, rows, jax.jit(plan)(rows)), max(4, len(sets)))
+
+
+def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
+    timed = attention(case, implementation)
+    return seconds(timed, repeats) - _holding_seconds(timed.args[1].table_MP.shape, timed.links, repeats)
 
 
 def _after(rows: Rows, out: jax.Array) -> Rows:
@@ -124,7 +148,7 @@ def _holding_seconds(table: tuple[int, int], links: int, repeats: int) -> float:
 
         return run
 
-    return seconds(chain, rows, sets=links, repeats=repeats)
+    return seconds(Timed(chain, (rows,), links), repeats)
 
 
 def write_seconds(rows: int, heads: Heads, page_size: int, repeats: int) -> float:
@@ -142,7 +166,7 @@ def write_seconds(rows: int, heads: Heads, page_size: int, repeats: int) -> floa
 
         return run
 
-    return seconds(chain, pages, pages + 1, new, slots, sets=32, repeats=repeats)
+    return seconds(Timed(chain, (pages, pages + 1, new, slots), 32), repeats)
 
 
 # ---------------------------------------------------------------------- work
@@ -246,8 +270,28 @@ class Bench:
 # ---------------------------------------------------------------------- tuning
 
 
-DECODES = [blocks.Decode(*sizes) for sizes in itertools.product((32, 64, 128), (4, 8), (4, 5), (2, 3, 4))]
+DECODES = [
+    blocks.Decode(*sizes)
+    for sizes in (
+        (64, 4, 2, 3), (64, 4, 2, 4), (64, 4, 3, 1), (64, 4, 3, 2), (64, 2, 3, 4), (32, 4, 3, 3),
+        (128, 4, 2, 1), (128, 4, 2, 3), (128, 4, 3, 1),
+    )
+]  # fmt: skip
 PREFILLS = [blocks.Prefill(*sizes) for sizes in itertools.product((64, 128), (32, 64), (4, 8), (2, 4))]
+TUNED_LENGTHS = (1024, 4096)  # a step's plan does not know its rows' lengths: decode sizes must serve short and long ones
+NOISE = 0.02  # a smaller gain is none: the default stays
+
+
+def tuned_cases() -> dict[str, Case]:
+    """What `--tune` measures without --case: the heads of the models in ANCHORS, alone and as tensor parallelism cuts larger ones."""
+    decodes = {
+        f"{heads.heads}/{heads.kv_heads}x{heads.head_dim} {pages or 'bfloat16'} {rows}": Case(
+            heads, (max(TUNED_LENGTHS),) * rows, pages=pages
+        )
+        for heads, pages in ((LLAMA_8B, None), (QWEN_3B, None), (QWEN_05B, None), (LLAMA_8B, FP8), (QWEN_05B, FP8))
+        for rows in ((1, 64, 256) if pages else (1, 8, 16, 64, 256))
+    }
+    return decodes | PREFILL
 
 
 def tune(device_kind: str, repeats: int, cases: dict[str, Case], folder: Path) -> Path:
@@ -255,20 +299,30 @@ def tune(device_kind: str, repeats: int, cases: dict[str, Case], folder: Path) -
     path = folder / blocks.file_name(device_kind)
     kept = json.loads(path.read_text())["rows"] if path.exists() else []
     for name, case in cases.items():
-        op, candidates = ("prefill", PREFILLS) if case.chunk else ("decode", DECODES)
-        times = {candidate: _tried(op, candidate, case, repeats) for candidate in candidates}
-        best = min(times, key=lambda candidate: times[candidate])
-        if times[best] == float("inf"):
+        op, candidates = ("prefill", PREFILLS) if case.chunk else ("decode", list(DECODES))
+        heads, page, rows = case.heads, case.page_size, case.chunk or len(case.lengths)
+        shape = {"op": op, "head_dim": heads.head_dim, "group": heads.group, "page_size": page, "dtype": case.page_dtype, "rows": rows}
+        usual = blocks.default(op, blocks.Shape(heads.head_dim, heads.group, page, case.page_dtype, rows, max(case.lengths)))
+        if case.chunk:
+            shape["length"] = -(-max(case.lengths) // page) * page
+        best, times = chosen(usual, _tried(op, [usual, *(c for c in candidates if c != usual)], case, repeats))
+        if best is None:
             continue
-        shape = {
-            "op": op, "head_dim": case.heads.head_dim, "group": case.heads.group, "page_size": case.page_size, "dtype": case.page_dtype,
-            "rows": case.chunk or len(case.lengths), "length": -(-max(case.lengths) // case.page_size) * case.page_size,
-        }  # fmt: skip
-        kept = [row for row in kept if any(row[key] != value for key, value in shape.items())]
-        kept.append(shape | asdict(best) | {"us": round(times[best] * 1e6, 2)})
-        print(f"{name:14} {best} {times[best] * 1e6:.1f} us", flush=True)
+        kept = [row for row in kept if any(row.get(key) != value for key, value in shape.items())]
+        kept.append(shape | asdict(best) | {"us": {str(length): round(us * 1e6, 2) for length, us in times.items()}})
         _write_table(path, device_kind, kept)
+        print(f"{name:30} {best} {kept[-1]['us']}", flush=True)
     return path
+
+
+def chosen(usual: Any, times: dict[Any, dict[int, float]]) -> tuple[Any, dict[int, float]]:
+    """The sizes with the least product of times over the lengths, `usual` unless another gains more than noise; None if nothing ran."""
+    cost = {sizes: math.prod(each.values()) ** (1 / len(each)) for sizes, each in times.items()}
+    if not cost:
+        return None, {}
+    best = min(cost, key=lambda sizes: cost[sizes])
+    best = usual if usual in cost and cost[usual] < cost[best] * (1 + NOISE) else best
+    return best, times[best]
 
 
 def _write_table(path: Path, device_kind: str, rows: list[dict]) -> None:
@@ -278,18 +332,39 @@ def _write_table(path: Path, device_kind: str, rows: list[dict]) -> None:
     path.write_text(f'{{\n  "device": {json.dumps(device_kind)},\n  "rows": [\n{lines}\n  ]\n}}\n')
 
 
-def _tried(op: str, candidate: Any, case: Case, repeats: int) -> float:
-    """Seconds of a case with these block sizes; infinite if they cannot be compiled, as when the shared memory is too small."""
-    chosen = blocks.blocks
+def _tried(op: str, candidates: list, case: Case, repeats: int) -> dict[Any, dict[int, float]]:
+    """Seconds by candidate and length; without the candidates that cannot be compiled, as when the shared memory is too small.
 
-    def choose(asked: str, kind: str, shape: blocks.Shape):
-        return candidate if asked == op else chosen(asked, kind, shape)
+    Decode is tried on rows of all `TUNED_LENGTHS` up to the case's, in programs that are compiled once and side by side.
+    """
+    longest = max(case.lengths)
+    lengths = [length for length in TUNED_LENGTHS if length < longest and op == "decode"] + [longest]
+    drawn, tried = draw(case, min(lengths)), {}
+    with ThreadPoolExecutor() as pool, mock.patch(f"{__name__}.draw", lambda case: drawn):
+        for candidate in candidates:
+            with mock.patch("pallas_kernels.attention.blocks", partial(_chosen, op, candidate)):
+                timed = [
+                    attention(case, "portable", drawn[1] if n == longest else replace(drawn[1], length_M=drawn[1].length_M * 0 + n))
+                    for n in lengths
+                ]
+                try:
+                    programs = timed[0].lowered()
+                except (NotImplementedError, ValueError):
+                    continue
+            tried[candidate] = timed, [pool.submit(program.compile) for program in programs]
+        done = {}
+        for candidate, (timed, programs) in tried.items():
+            try:
+                few, many = (program.result() for program in programs)
+            except jax.errors.JaxRuntimeError:
+                continue
+            held = _holding_seconds(drawn[1].table_MP.shape, timed[0].links, repeats)
+            done[candidate] = {length: each.seconds(few, many, repeats) - held for length, each in zip(lengths, timed, strict=True)}
+        return done
 
-    with mock.patch("pallas_kernels.attention.blocks", choose):
-        try:
-            return attention_seconds(case, "portable", repeats)
-        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError):
-            return float("inf")
+
+def _chosen(op: str, candidate: Any, asked: str, kind: str, shape: blocks.Shape):
+    return candidate if asked == op else blocks.blocks(asked, kind, shape)
 
 
 # ---------------------------------------------------------------------- command
@@ -318,7 +393,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"bench.kernels times GPU kernels, and JAX sees no GPU here but {device.device_kind!r}")
     if args.tune:
         tuning = Path(blocks.__file__).parent / "tuning"
-        print(tune(device.device_kind, args.repeats, _asked(DECODE | PREFILL, args.case), tuning))
+        print(tune(device.device_kind, args.repeats, _tuned(args.case), tuning))
         return
     bench, only = Bench(args), args.only or GROUPS
     cases = {"decode": _asked(DECODE, args.case), "prefill": _asked(PREFILL, args.case), "sweep": dict(_named(sweep()))}
@@ -329,9 +404,15 @@ def main(argv: list[str] | None = None) -> None:
         else:
             for name, case in cases[group].items():
                 bench.attention(name.split("#")[0], case)
+                bench.save()
         bench.save()
     if args.plot:
         plots.kernels(bench.rows, args.plot, f"Attention on {device.device_kind}")
+
+
+def _tuned(names: list[str] | None) -> dict[str, Case]:
+    """All that `--tune` knows; of given names, any case of the bench."""
+    return tuned_cases() if names is None else _asked(DECODE | PREFILL, names)
 
 
 def _asked(cases: dict[str, Case], names: list[str] | None) -> dict[str, Case]:

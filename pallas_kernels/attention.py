@@ -11,8 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import attention_portable, attention_reference, attention_sm90_prefill
-from pallas_kernels.attention_combine import combine
+from pallas_kernels import attention_decode, attention_portable, attention_reference, attention_sm90_prefill
 from pallas_kernels.blocks import Decode, Prefill, Shape, blocks
 from pallas_kernels.work import Rows, Shares, Tiles, Work, lanes, shares, tiles
 
@@ -223,9 +222,8 @@ def _kernels(q_NQH, k_pages, v_pages, rows, work, lse, options, extras) -> tuple
     if work.shares is None:
         assert chunk is not None
         return chunk
-    o_SGH, lse_SG = attention_portable.decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], **options, **extras)
-    shape = dict(heads=q_NQH.shape[1], group=work.group, dtype=q_NQH.dtype)
-    return combine(o_SGH, lse_SG, work.shares, chunk, packed=False, lse=lse, interpret=work.interpret, **shape)
+    decode = attention_decode.decode
+    return decode(q_NQH, k_pages, v_pages, rows, work.shares, work.blocks[0], chunk, lse=lse, **options, **extras)
 
 
 def _check_rows(rows: Rows) -> None:

@@ -1,8 +1,7 @@
-"""Paged attention for any GPU from Ampere on, as Pallas-Triton kernels, which a CPU can interpret.
+"""Paged prefill attention for any GPU from Ampere on, as a Pallas-Triton kernel, which a CPU can interpret.
 
-Decode is flat stream-K: each worker of a fixed grid walks its share of the step's KV blocks and leaves one part for every (row, kv head)
-it met; `attention_combine` joins them. Prefill takes a tile of one row's chunk tokens, packed with their group of query heads so that a
-KV block is read once for all of them, and walks the context up to the tile's last token; only blocks at the edges are masked.
+It takes a tile of one row's chunk tokens, packed with their group of query heads so that a KV block is read once for all of them, and walks
+the context up to the tile's last token; only blocks at the edges are masked.
 
 Letters: N tokens, Q query heads, K kv heads, H features, P pages; R query lines in a program, S tokens in a KV block. Triton wants powers
 of two, so lines and features are padded with masks. `lax.div` and `lax.rem` stand for // and %, which fail to lower inside loops.
@@ -18,10 +17,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.attention_combine import LOW
-from pallas_kernels.blocks import Decode, Prefill, features
-from pallas_kernels.work import Rows, Shares, Tiles
+from pallas_kernels.blocks import Prefill, features
+from pallas_kernels.work import Rows, Tiles
 
+LOW = -1e30  # below every score, and finite: LOW - LOW is 0
 LOG2E, LN2 = math.log2(math.e), math.log(2)
 FP8 = jnp.float8_e4m3fn
 WIDENED = 2.0**8  # float16's exponent bias less e4m3's, as a factor
@@ -31,80 +30,6 @@ F16_MAX = 65504.0
 def tile_tokens(group: int, blocks: Prefill) -> int:
     """Chunk tokens in a prefill tile."""
     return max(1, blocks.lines // pl.next_power_of_2(group))
-
-
-def decode(
-    q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, shares: Shares, blocks: Decode, *,
-    sinks_Q, k_scale_K, v_scale_K, scale, window, softcap, interpret,
-) -> tuple[Array, Array]:  # fmt: skip
-    """The parts of every decode row, for `combine`: o [parts, group, H] and base-2 log-sum-exp [parts, group], float32.
-
-    A row's sinks are in the part that holds its first block.
-    """
-    kv_heads, _, head_dim = k_pages.shape[1:]
-    q_NQH, extras = _prepared(q_NQH, k_pages, sinks_Q, k_scale_K, v_scale_K)
-    group = q_NQH.shape[1] // kv_heads
-    parts = rows.length_M.shape[0] * kv_heads + shares.row_W.shape[0]
-    options = dict(group=group, kv_block=blocks.kv_block, scale=scale, window=window, softcap=softcap, interpret=interpret)
-    return pl.pallas_call(
-        partial(_decode_kernel, names=tuple(extras), **options),
-        grid=shares.row_W.shape,
-        out_shape=(jax.ShapeDtypeStruct((parts, group, head_dim), jnp.float32), jax.ShapeDtypeStruct((parts, group), jnp.float32)),
-        compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
-        interpret=interpret,
-        name="paged_decode",
-    )(
-        q_NQH, k_pages, v_pages, rows.table_MP, rows.length_M, shares.first_M, shares.count_M,
-        shares.start_M1, shares.next_M, shares.bound_W1, shares.row_W, *extras.values(),
-    )  # fmt: skip
-
-
-def _decode_kernel(
-    q_ref, k_ref, v_ref, table_ref, length_ref, first_ref, count_ref, start_ref, next_ref, bound_ref, row_ref, *refs,
-    names, group, kv_block, scale, window, softcap, interpret,
-):  # fmt: skip
-    (o_ref, lse_ref), extras, worker = refs[len(names) :], dict(zip(names, refs, strict=False)), pl.program_id(0)
-    end = plt.load(bound_ref.at[worker + 1])
-    kv_heads, page_size, head_dim = k_ref.shape[1:]
-    line, feature = jnp.arange(max(16, pl.next_power_of_2(group))), jnp.arange(features(head_dim))
-    live_RH = (line < group)[:, None] & (feature < head_dim)[None, :]
-
-    def segment(state):
-        at, row = state
-        length, count = plt.load(length_ref.at[row]), plt.load(count_ref.at[row])
-        offset = at - plt.load(start_ref.at[row])
-        head = lax.div(offset, count)
-        block = plt.load(first_ref.at[row]) + lax.rem(offset, count)
-        blocks = jnp.minimum(count - lax.rem(offset, count), end - at)
-        q_RH = plt.load(q_ref.at[row, head * group + line[:, None], feature[None, :]], mask=live_RH, other=0.0)
-
-        def turn(i, attended):
-            position_S = i * kv_block + jnp.arange(kv_block)
-            seen_S = position_S < length
-            if window is not None:
-                seen_S &= position_S >= length - window
-            page_S = plt.load(table_ref.at[row, lax.div(position_S, jnp.int32(page_size))], mask=seen_S, other=0)
-            index = (page_S[:, None], head, lax.rem(position_S, jnp.int32(page_size))[:, None], feature[None, :])
-            live_SH = seen_S[:, None] & (feature < head_dim)[None, :]
-            k_SH = plt.load(k_ref.at[index], mask=live_SH, other=0.0)
-            s_RS = jnp.where(seen_S[None, :], _scores(q_RH, k_SH, k_unit, softcap, interpret), -jnp.inf)
-            return _attend(attended, s_RS, plt.load(v_ref.at[index], mask=live_SH, other=0.0), _unit(k_unit, softcap), interpret)
-
-        k_unit, v_unit = _units(extras, head, scale)
-        attended = _nothing(line.shape[0], feature.shape[0])
-        if "sinks" in extras:
-            sink_R = plt.load(extras["sinks"].at[head * group + line], mask=line < group, other=LOW)
-            opens_R = jnp.broadcast_to(lax.rem(offset, count) == 0, line.shape)  # the first part of this row and head holds its sinks
-            attended = (jnp.where(opens_R, sink_R, LOW), jnp.where(opens_R, 1.0, attended[1]), attended[2])
-        peak_R, sum_R, o_RH = lax.fori_loop(block, block + blocks, turn, attended)
-        o_RH = o_RH if v_unit is None else o_RH * v_unit
-        part = row * kv_heads + head + worker
-        plt.store(o_ref.at[part, line[:, None], feature[None, :]], o_RH / jnp.maximum(sum_R, 1e-30)[:, None], mask=live_RH)
-        plt.store(lse_ref.at[part, line], peak_R + jnp.log2(jnp.maximum(sum_R, 1e-30)), mask=line < group)
-        at += blocks
-        return at, jnp.where(at >= plt.load(start_ref.at[row + 1]), plt.load(next_ref.at[row]), row)
-
-    lax.while_loop(lambda state: state[0] < end, segment, (plt.load(bound_ref.at[worker]), plt.load(row_ref.at[worker])))
 
 
 def prefill(

@@ -4,6 +4,9 @@
 sizes that were fastest there. A shape that was not measured takes the nearest one of the same head_dim and dtype; one that is far from
 all of them, or a device that nobody measured, takes the default, which was chosen on an H200 so that nothing spills registers and an L4's
 shared memory suffices.
+
+A plan knows how many lanes it has, but of the rows' lengths only the longest that could be. Decode sizes are therefore chosen by the number
+of rows, and a row of the file is the best over several lengths; for prefill the longest length counts as well.
 """
 
 import json
@@ -22,7 +25,7 @@ class Decode:
 
     kv_block: int
     num_warps: int = 4
-    num_stages: int = 5  # page numbers are loads too: below 5, one K buffer is in flight
+    num_stages: int = 2
     workers_per_core: int = 3
 
 
@@ -38,7 +41,7 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Shape:
-    """What block sizes are chosen by. rows: decode lanes, or chunk lanes of a prefill. length: tokens that a row's pages hold at most."""
+    """What block sizes are chosen by. rows: decode lanes, or chunk lanes of a prefill. length: tokens a row's pages hold at most."""
 
     head_dim: int
     group: int
@@ -48,11 +51,12 @@ class Shape:
     length: int
 
     def apart(self, row: dict) -> float:
-        """How far a measured shape is from this one, in doublings."""
-        return sum(abs(math.log2(max(getattr(self, name), 1) / row[name])) for name in ("group", "page_size", "rows", "length"))
+        """How far a measured shape is from this one, in doublings of what its row names."""
+        names = [name for name in ("group", "page_size", "rows", "length") if name in row]
+        return sum(abs(math.log2(max(getattr(self, name), 1) / row[name])) for name in names)
 
 
-NEAR = 2.0  # doublings: what was measured farther away says nothing
+NEAR = {"decode": 4.0, "prefill": 2.0}  # doublings: what was measured farther away says nothing
 KINDS = {"decode": Decode, "prefill": Prefill}
 
 
@@ -68,16 +72,30 @@ def blocks(op: str, device_kind: str, shape: Shape) -> Decode | Prefill:
         for r in measured(device_kind)
         if (r["op"], r["dtype"]) == (op, shape.dtype) and features(r["head_dim"]) == features(shape.head_dim)
     ]
-    rows = [row for row in rows if shape.apart(row) <= NEAR]
+    rows = [row for row in rows if shape.apart(row) <= NEAR[op]]
     if not rows:
-        return default_decode(shape.head_dim, shape.dtype) if op == "decode" else default_prefill(shape.head_dim, shape.dtype)
+        return default(op, shape)
     nearest = min(rows, key=shape.apart)
     return KINDS[op](**{field.name: nearest[field.name] for field in fields(KINDS[op])})
 
 
-def default_decode(head_dim: int, dtype) -> Decode:
-    """A KV block of at most 16 kB, so that four fit in the shared memory of the smallest card (99 kB)."""
-    return Decode(max(16, min(64, 16384 // (features(head_dim) * jnp.dtype(dtype).itemsize))))
+def default(op: str, shape: Shape) -> Decode | Prefill:
+    """Sizes for a shape that is far from all that were measured."""
+    if op == "decode":
+        return default_decode(shape.head_dim, shape.dtype, shape.rows)
+    return default_prefill(shape.head_dim, shape.dtype)
+
+
+def default_decode(head_dim: int, dtype, rows: int) -> Decode:
+    """A KV block of at most 16 kB, so that K and V fit twice in the shared memory of the smallest card (99 kB).
+
+    Few rows want few workers: a row that fewer share is joined from fewer parts.
+    """
+    size = jnp.dtype(dtype).itemsize
+    kv_block = max(16, min(64, 16384 // (features(head_dim) * size)))
+    if rows <= 8:
+        return Decode(kv_block, num_stages=3, workers_per_core=1)
+    return Decode(kv_block, 2, 3, 4) if size == 1 else Decode(kv_block)
 
 
 def default_prefill(head_dim: int, dtype) -> Prefill:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 from pallas_kernels.blocks import Decode, Prefill
 
@@ -58,7 +58,8 @@ class Shares:
 
     first_M: a row's first KV block inside the window. count_M: its KV blocks from there on, 0 if it does not decode.
     start_M1: where in the flat list a row's kv_heads * count entries start; the last entry is the length of the list.
-    next_M: the next row that decodes. bound_W1: worker w takes the entries [bound[w], bound[w + 1]). row_W: the row of its first one.
+    next_M: the next row that decodes. bound_W1: worker w takes the entries [bound[w], bound[w + 1]). row_W, head_W, block_W: its first
+    entry, the block counted from the row's begin.
     """
 
     first_M: Array
@@ -67,6 +68,8 @@ class Shares:
     next_M: Array
     bound_W1: Array
     row_W: Array
+    head_W: Array
+    block_W: Array
 
 
 @jax.tree_util.register_dataclass
@@ -135,6 +138,8 @@ def shares(rows: Rows, *, kv_heads: int, kv_block: int, window: int | None, work
     worker_W1 = jnp.arange(workers + 1, dtype=jnp.int32)
     size, longer = start_M1[-1] // workers, start_M1[-1] % workers  # not worker * total / workers: that overflows int32
     bound_W1 = worker_W1 * size + jnp.minimum(worker_W1, longer)
+    row_W = jnp.minimum(_entry(start_M1, bound_W1[:-1]), count - 1)
+    offset_W, blocks_W = bound_W1[:-1] - start_M1[row_W], jnp.maximum(count_M[row_W], 1)
     row_M = jnp.arange(count, dtype=jnp.int32)
     later_MM = (row_M[None, :] > row_M[:, None]) & decodes_M[None, :]
     return Shares(
@@ -143,8 +148,17 @@ def shares(rows: Rows, *, kv_heads: int, kv_block: int, window: int | None, work
         start_M1=start_M1,
         next_M=jnp.min(jnp.where(later_MM, row_M[None, :], count - 1), axis=1),
         bound_W1=bound_W1,
-        row_W=jnp.minimum(_entry(start_M1, bound_W1[:-1]), count - 1),
+        row_W=row_W,
+        head_W=offset_W // blocks_W,
+        block_W=first_M[row_W] + offset_W % blocks_W,
     )
+
+
+def worker_of(entry, *, total, workers):
+    """The worker whose share holds an entry of the flat list: `shares` gives the first total % workers of them one entry more."""
+    size, longer = lax.div(total, jnp.int32(workers)), lax.rem(total, jnp.int32(workers))
+    cut = longer * (size + 1)
+    return jnp.where(entry < cut, lax.div(entry, size + 1), longer + lax.div(entry - cut, jnp.maximum(size, 1)))
 
 
 def tiles(rows: Rows, *, chunk: int, tile: int, gaps: bool = False, decodes: bool = True) -> Tiles:

@@ -18,9 +18,9 @@ HERE = Path(__file__).parent
 WHEELS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-runtime")
 JOBS = {
     "a100": ["portable:mixed", "portable:head_dim_256", "portable:fp8_page_16", "step:portable"],
-    "l4": ["portable:mixed", "portable:head_dim_256"],
+    "l4": ["portable:mixed", "portable:head_dim_256", "portable:fp8"],
     "h200": [
-        *("sm90:prefill", "sm90:mixed", "portable:sinks", "portable:fp8"),
+        *("sm90:prefill", "sm90:mixed", "portable:sinks", "portable:fp8", "portable:decode_page_16", "portable:head_dim_8"),
         *("sm90:prefill_group_1", "sm90:prefill_group_3"),
         *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "kept:portable", "spill"),
     ],

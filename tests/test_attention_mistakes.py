@@ -9,32 +9,53 @@ import jax.numpy as jnp
 import pytest
 from attention_oracle import check
 
-from pallas_kernels import attention, attention_combine, attention_portable, attention_sm90_prefill, work
+from pallas_kernels import attention, attention_decode, attention_portable, attention_sm90_prefill, work
 from pallas_kernels.shapes import FP8, Case, Heads
 
 ALL = Case(Heads(4, 2, 16), (70, 37, 5, 130), (0, 20, 5, 0), page_size=16, window=20, softcap=5.0, sinks=True, pages=FP8, spare=2)
 PLAIN = replace(ALL, window=None, softcap=None, sinks=False, pages=None, dtype="float32")
 
 
-def with_options(name: str, **changes: Callable) -> dict[str, Any]:
-    """`attention_portable`'s function by that name, called with options other than those it was given."""
-    right = getattr(attention_portable, name)
+def with_options(module: Any, name: str, **changes: Callable) -> tuple[Any, dict[str, Any]]:
+    """A module, and its function by that name called with options other than those it was given."""
+    right = getattr(module, name)
 
     def wrong(*args, **options):
         return right(*args, **options | {key: change(options[key]) for key, change in changes.items()})
 
-    return {name: wrong}
+    return module, {name: wrong}
 
 
 def forgetful(attended, s_RS, v_SH, unit, interpret):
     """An online softmax that does not shrink what it has summed when the peak rises."""
-    _, sum_R, o_RH = attended
-    attended = jnp.full_like(attended[0], attention_combine.LOW), jnp.zeros_like(sum_R), jnp.zeros_like(o_RH)
-    peak_R, more_R, p_RH = RIGHT_ATTEND(attended, s_RS, v_SH, unit, interpret)
-    return peak_R, sum_R + more_R, o_RH + p_RH
+    _, sum_R, o_LRH = attended
+    nothing = jnp.full_like(sum_R, attention_portable.LOW), jnp.zeros_like(sum_R), jax.tree.map(jnp.zeros_like, o_LRH)
+    peak_R, more_R, p_LRH = RIGHT_ATTEND(nothing, s_RS, v_SH, unit, interpret)
+    return peak_R, sum_R + more_R, jax.tree.map(jnp.add, o_LRH, p_LRH)
 
 
-RIGHT_ATTEND = attention_portable._attend
+RIGHT_ATTEND = attention_decode._attend
+
+
+def twice(ref, index, one):
+    """An arrival that counts for two."""
+    return RIGHT_ADD(ref, index, 2 * one)
+
+
+RIGHT_ADD = attention_decode.plt.atomic_add
+
+
+def early(entry, **numbers):
+    """The worker before the one that holds an entry."""
+    return jnp.maximum(RIGHT_WORKER(entry, **numbers) - 1, 0)
+
+
+def greedy(options, refs, worker, at, opened, closes, attended):
+    """What a worker has of a (row, head) goes out as if it were all."""
+    return RIGHT_LEAVE(options, refs, worker, at, jnp.bool_(True), jnp.bool_(True), attended)
+
+
+RIGHT_WORKER, RIGHT_LEAVE, RIGHT_PLANES = attention_decode.worker_of, attention_decode._leave, attention_decode._planes
 
 
 def shorter(rows, **options):
@@ -54,24 +75,36 @@ class Changed:
         return getattr(self._module, name)
 
 
-MISTAKES: dict[str, tuple[Any, dict[str, Any], Case]] = {
-    "decode's window is one too long": (attention_portable, with_options("decode", window=lambda w: w + 1), ALL),
-    "prefill's window is one too short": (attention_portable, with_options("prefill", window=lambda w: w - 1), ALL),
-    "decode has no softcap": (attention_portable, with_options("decode", softcap=lambda cap: None), ALL),
-    "decode has no sinks": (attention_portable, with_options("decode", sinks_Q=lambda sinks: None), ALL),
-    "prefill has its neighbours' sinks": (attention_portable, with_options("prefill", sinks_Q=lambda sinks: jnp.roll(sinks, 1)), ALL),
-    "keys are read without their scale": (attention_portable, with_options("decode", k_scale_K=lambda scale: None), ALL),
-    "values are read with the keys' scale": (attention_portable, with_options("prefill", v_scale_K=lambda scale: scale[::-1]), ALL),
-    "fp8 numbers are twice as large": (attention_portable, {"WIDENED": 2.0**9}, ALL),
-    "sums are not shrunk": (attention_portable, {"_attend": forgetful}, PLAIN),
-    "the last block is nobody's": (attention, {"shares": shorter}, PLAIN),
-    "every part weighs the same": (attention_combine, {"jnp": Changed(jnp, exp2=jnp.ones_like)}, PLAIN),
+def decode(**changes: Callable) -> tuple[Any, dict[str, Any]]:
+    return with_options(attention_decode, "decode", **changes)
+
+
+def prefill(**changes: Callable) -> tuple[Any, dict[str, Any]]:
+    return with_options(attention_portable, "prefill", **changes)
+
+
+MISTAKES: dict[str, tuple[tuple[Any, dict[str, Any]], Case]] = {
+    "decode's window is one too long": (decode(window=lambda w: w + 1), ALL),
+    "prefill's window is one too short": (prefill(window=lambda w: w - 1), ALL),
+    "decode has no softcap": (decode(softcap=lambda cap: None), ALL),
+    "decode has no sinks": (decode(sinks_Q=lambda sinks: None), ALL),
+    "prefill has its neighbours' sinks": (prefill(sinks_Q=lambda sinks: jnp.roll(sinks, 1)), ALL),
+    "keys are read without their scale": (decode(k_scale_K=lambda scale: None), ALL),
+    "values are read with the keys' scale": (prefill(v_scale_K=lambda scale: scale[::-1]), ALL),
+    "fp8 numbers are twice as large": ((attention_decode, {"WIDENED": 2.0**9}), ALL),
+    "even features are taken for odd ones": ((attention_decode, {"_planes": lambda x, interpret: RIGHT_PLANES(x, interpret)[::-1]}), ALL),
+    "sums are not shrunk": ((attention_decode, {"_attend": forgetful}), PLAIN),
+    "the last block is nobody's": ((attention, {"shares": shorter}), PLAIN),
+    "every part weighs the same": ((attention_decode, {"jnp": Changed(jnp, exp2=jnp.ones_like)}), PLAIN),
+    "an arrival counts for two": ((attention_decode, {"plt": Changed(attention_decode.plt, atomic_add=twice)}), PLAIN),
+    "a cut row is looked for among the wrong workers": ((attention_decode, {"worker_of": early}), PLAIN),
+    "a row that is cut is written whole": ((attention_decode, {"_leave": greedy}), PLAIN),
 }
 
 
 @pytest.mark.parametrize("name", MISTAKES)
 def test_the_comparison_catches(name, monkeypatch):
-    module, changes, case = MISTAKES[name]
+    (module, changes), case = MISTAKES[name]
     for attribute, wrong in changes.items():
         monkeypatch.setattr(module, attribute, wrong)
     with pytest.raises(AssertionError, match="Not equal to tolerance"):

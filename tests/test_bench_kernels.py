@@ -3,11 +3,12 @@
 import itertools
 import json
 
+import jax
 import pytest
 
 from bench import kernels, plots
 from pallas_kernels import blocks
-from pallas_kernels.shapes import DECODE, FP8, PREFILL, QWEN_05B, Case
+from pallas_kernels.shapes import DECODE, FP8, PREFILL, QWEN_05B, Case, Heads
 
 
 def test_decode_reads_its_keys_and_values_once():
@@ -55,29 +56,54 @@ def table(tmp_path, monkeypatch):
 def test_tuning_writes_what_plans_then_read(table, monkeypatch):
     """Two shapes with different winners; a plan takes the nearest of its own head_dim and dtype, and leaves others alone."""
     wins = {64: kernels.DECODES[1], 1024: kernels.DECODES[-1]}
-    monkeypatch.setattr(kernels, "_tried", lambda op, sizes, case, repeats: 1.0 if sizes == wins[len(case.lengths)] else 2.0)
+
+    def tried(op, candidates, case, repeats):
+        return {sizes: {640: 1.0 if sizes == wins[len(case.lengths)] else 2.0} for sizes in candidates}
+
+    monkeypatch.setattr(kernels, "_tried", tried)
     cases = {str(batch): Case(QWEN_05B, (640,) * batch) for batch in wins}
     for _ in range(2):  # the second time replaces the first one's rows
         path = kernels.tune("Some GPU", 1, cases, table)
     assert path.name == "some-gpu.json" and len(json.loads(path.read_text())["rows"]) == 2
 
-    def chosen(rows, head_dim=64, dtype="bfloat16", kind="Some GPU"):
-        return blocks.blocks("decode", kind, blocks.Shape(head_dim, 7, 64, dtype, rows, 640))
+    def chosen(rows, head_dim=64, dtype="bfloat16", kind="Some GPU", group=7, length=131_072):
+        return blocks.blocks("decode", kind, blocks.Shape(head_dim, group, 64, dtype, rows, length))
 
     assert chosen(32) == chosen(200) == wins[64]
     assert chosen(600) == wins[1024]
-    assert chosen(1) == blocks.default_decode(64, "bfloat16"), "too far from what was measured"
-    assert chosen(64, head_dim=128) == blocks.default_decode(128, "bfloat16")
-    assert chosen(64, dtype=FP8) == blocks.default_decode(64, FP8)
-    assert chosen(64, kind="Another GPU") == blocks.default_decode(64, "bfloat16") != wins[64]
+    assert chosen(1, group=1) == blocks.default_decode(64, "bfloat16", 1), "too far from what was measured"
+    assert chosen(64, head_dim=128) == blocks.default_decode(128, "bfloat16", 64)
+    assert chosen(64, dtype=FP8) == blocks.default_decode(64, FP8, 64)
+    assert chosen(64, kind="Another GPU") == blocks.default_decode(64, "bfloat16", 64) != wins[64]
 
 
-def test_sizes_that_cannot_be_compiled_lose(monkeypatch):
-    def attention_seconds(case, implementation, repeats):
-        raise ValueError("shared memory size limit exceeded")
+def test_a_small_gain_is_noise():
+    usual, other = kernels.DECODES[:2]
+    assert kernels.chosen(usual, {usual: {1: 1.01, 2: 1.0}, other: {1: 1.0, 2: 1.0}})[0] == usual
+    assert kernels.chosen(usual, {usual: {1: 1.0, 2: 1.1}, other: {1: 1.02, 2: 1.0}}) == (other, {1: 1.02, 2: 1.0})
+    assert kernels.chosen(usual, {other: {1: 9.0}})[0] == other, "usual may not compile"
+    assert kernels.chosen(usual, {}) == (None, {})
 
-    monkeypatch.setattr(kernels, "attention_seconds", attention_seconds)
-    assert kernels._tried("decode", kernels.DECODES[0], DECODE["8b_1x8192"], 1) == float("inf")
+
+def test_candidates_are_timed_on_every_length_and_those_that_cannot_be_compiled_are_left_out(monkeypatch):
+    class Program:
+        def __init__(self, timed):
+            self.timed = timed
+
+        def compile(self):
+            if self.timed.args[2].blocks[0] == kernels.DECODES[1]:
+                raise jax.errors.JaxRuntimeError("shared memory size limit exceeded")
+            return self.timed
+
+    def timed_seconds(timed, few, many, repeats):
+        return float(timed.args[1].length_M[0])  # the rows that were asked for, by the plan that was made for them
+
+    monkeypatch.setattr(kernels.Timed, "lowered", lambda self: [Program(self)] * 2)
+    monkeypatch.setattr(kernels.Timed, "seconds", timed_seconds)
+    monkeypatch.setattr(kernels, "_holding_seconds", lambda table, links, repeats: 0.0)
+    monkeypatch.setattr(kernels, "L2_TIMES", 1)
+    tried = kernels._tried("decode", kernels.DECODES[:3], Case(Heads(2, 1, 8), (4096, 4096)), 1)
+    assert tried == {kernels.DECODES[0]: {1024: 1024.0, 4096: 4096.0}, kernels.DECODES[2]: {1024: 1024.0, 4096: 4096.0}}
 
 
 def test_the_committed_tables_are_whole():
@@ -91,7 +117,7 @@ def test_the_committed_tables_are_whole():
                     blocks.blocks(
                         row["op"],
                         found["device"],
-                        blocks.Shape(*(row[k] for k in ("head_dim", "group", "page_size", "dtype", "rows", "length"))),
+                        blocks.Shape(*(row[k] for k in ("head_dim", "group", "page_size", "dtype", "rows")), row.get("length", 4096)),
                     ),
                     blocks.KINDS[row["op"]],
                 )
