@@ -1,9 +1,11 @@
 """How long `jaxllm serve` takes from process start until /health answers 200: with nothing cached, and again with what that left.
 
     jaxllm bench startup --model qwen2.5-0.5b --load-format dummy
+    jaxllm bench startup --model llama-3.1-8b --load-format orbax --keep shapes
 
 "Nothing cached" is a fresh folder for everything that jaxllm, CUDA and Triton keep of compiling; weights may lie in the page cache,
-and Python's own bytecode is as the installation left it. The phases are the ones that the server logs.
+and Python's own bytecode is as the installation left it. The phases are the ones that the server logs. A shape that is not to have
+dummy weights is written as a checkpoint first, `safetensors` or, converted from that, `orbax`; --keep keeps what was written.
 """
 
 import argparse
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import record, workloads
+from bench.checkpoints import WRITTEN, written
 
 PHASE = re.compile(r"\b(?:INFO )?([a-z][\w ]*?) {2,}(\d+\.\d+) s$")
 CACHES = ("XDG_CACHE_HOME", "CUDA_CACHE_PATH", "TRITON_CACHE_DIR")
@@ -119,7 +122,9 @@ def rows(cold: list[Start], warm: list[Start], common: dict[str, Any], device: s
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="jaxllm bench startup", description="Times jaxllm serve from process start to ready.")
     made.add_argument("--model", help=f"a folder, or a shape: {', '.join(workloads.SHAPES)} (default: the model that ships with jaxllm)")
-    made.add_argument("--load-format", default="auto", help="dummy: random weights (default: auto)")
+    formats = "dummy: random weights; safetensors, orbax: of a shape, a checkpoint is written first (default: auto)"
+    made.add_argument("--load-format", default="auto", help=formats)
+    made.add_argument("--keep", type=Path, metavar="FOLDER", help="write a shape's checkpoint here, and use what is here already")
     made.add_argument("--dtype", default="auto", help="default: auto")
     made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1)
     made.add_argument("--cold", type=int, default=1, help="starts with nothing cached (default: 1)")
@@ -135,8 +140,21 @@ def parser() -> argparse.ArgumentParser:
 def serve_command(args: argparse.Namespace) -> Iterator[list[str]]:
     """`jaxllm serve` with what was asked. A shape's name is a folder while the block runs."""
     flags = ["--load-format", args.load_format, "--dtype", args.dtype, "-tp", str(args.tensor_parallel_size), *args.args.split()]
-    with workloads.model_folder(args.model) if args.model else contextlib.nullcontext((None, {})) as (folder, _):
+    with model(args) as folder:
         yield [sys.executable, "-m", "serving.cli", "serve", *([folder] if folder else []), *flags]
+
+
+@contextlib.contextmanager
+def model(args: argparse.Namespace) -> Iterator[str | None]:
+    """The folder to serve, None for the default model. Raises OSError if a checkpoint that is wanted cannot be written."""
+    if not args.model:
+        yield None
+    elif args.model in workloads.SHAPES and args.load_format in WRITTEN:
+        with written(args.model, args.load_format, args.keep) as path:
+            yield str(path)
+    else:
+        with workloads.model_folder(args.model) as (folder, _):
+            yield folder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -160,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     except (RuntimeError, OSError) as error:
         raise SystemExit(f"jaxllm bench startup: {error}") from error
     print(table(cold, warm))
-    common = {"model": name, "dtype": args.dtype, "tp": args.tensor_parallel_size}
+    common = {"model": name, "dtype": args.dtype, "tp": args.tensor_parallel_size, "load_format": args.load_format}
     kept = rows(cold, warm, common | ({"dtype": "bfloat16"} if args.dtype == "auto" and name in workloads.SHAPES else {}), device)
     for row in kept:
         print(record.describe(row))

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from . import orbax
 from .families import FAMILIES, Family
 from .hf_config import HARMLESS, Read, merge
 from .model_config import ModelConfig, tensor_shapes
@@ -24,7 +25,10 @@ __all__ = ["Checkpoint", "Tensor", "open_checkpoint", "read_config", "tensor_sha
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """tensors: empty for load_format "dummy". dtype: the checkpoint's own, by name. hf: config.json after overrides."""
+    """tensors: empty for load_format "dummy". dtype: the checkpoint's own, by name. hf: config.json after overrides.
+
+    converted: the tensors lie in our own form, and orbax.restore has them all.
+    """
 
     config: ModelConfig
     tensors: dict[str, Tensor]
@@ -32,24 +36,29 @@ class Checkpoint:
     hf: dict[str, Any]
     folder: Path
     generation: dict[str, Any]
+    converted: bool = False
 
 
 def open_checkpoint(folder: Path, *, load_format: str = "auto", hf_overrides: Mapping[str, Any] | None = None) -> Checkpoint:
-    """load_format: auto | safetensors | pt | dummy (config.json alone; the weights are to be made up).
+    """load_format: auto | safetensors | pt | orbax | dummy (config.json alone; the weights are to be made up).
 
     Raises ValueError for a family, config key, file or tensor that does not fit; OSError for a file that is not there.
     """
     hf = merge(_json(folder / "config.json"), hf_overrides or {})
     config = read_config(hf)
     tensors = {}
-    if load_format != "dummy":
+    converted = load_format == "orbax" or (load_format == "auto" and (folder / orbax.NAME).is_dir())
+    if converted:
+        tensors = orbax.orbax_tensors(folder)
+        check(tensors, config)
+    elif load_format != "dummy":
         family = _family(hf)
         tensors = rename(stored_tensors(folder, load_format), family.names, {**family.defaults, **hf})
         if "lm_head.weight" not in config.parts and (head := tensors.pop("lm_head.weight", None)):
             tensors.setdefault("embed.weight", head)  # tied: one of the two is enough, and the embeddings win, as at Hugging Face
         check(tensors, config)
     generation = folder / "generation_config.json"
-    return Checkpoint(config, tensors, _dtype(hf, tensors), hf, folder, _json(generation) if generation.exists() else {})
+    return Checkpoint(config, tensors, _dtype(hf, tensors), hf, folder, _json(generation) if generation.exists() else {}, converted)
 
 
 def read_config(hf: Mapping[str, Any]) -> ModelConfig:
@@ -73,7 +82,7 @@ def _family(hf: Mapping[str, Any]) -> Family:
     raise ValueError(f"model type {kind!r} is not supported; we know {', '.join(sorted(FAMILIES))}")
 
 
-def check(tensors: Mapping[str, Tensor], config: ModelConfig) -> None:
+def check(tensors: Mapping[str, Any], config: ModelConfig) -> None:
     """Raises ValueError unless `tensors` are exactly those that `config` calls for, in their shapes."""
     wanted = tensor_shapes(config)
     if missing := wanted.keys() - tensors.keys():

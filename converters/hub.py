@@ -36,6 +36,10 @@ def fetch(
         return Path(model).expanduser()
     if model.startswith(("/", ".", "~")) or model.count("/") > 1:
         raise FileNotFoundError(f"there is no folder {model}; a model is a folder, or a Hub id such as Qwen/Qwen3-0.6B")
+    if load_format == "orbax":
+        raise FileNotFoundError(
+            f"there is no folder {model} here, and no Hub repository is in Orbax's format; make one with jaxllm convert"
+        )
     if not weights or load_format == "dummy":
         return _snapshot(model, revision, download_dir, ())
     first = PYTORCH if load_format == "pt" else SAFETENSORS

@@ -13,7 +13,7 @@ import numpy as np
 from .tensor import Tensor, on_disk
 from .torch_pickle import torch_tensors
 
-LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "orbax", "dummy")
 
 DTYPES = {
     "F64": np.dtype(np.float64),

@@ -20,7 +20,9 @@ _HOMES = {
     "RequestError": "jaxllm.request",
     "EngineDeadError": "jaxllm.request",
     "ModelConfig": "converters.model_config",
-    "load": "jaxllm.loading",
+    "Model": "jaxllm.research",
+    "Patch": "jaxllm.patch",
+    "load": "jaxllm.research",
 }
 __all__ = [
     "LLM",
@@ -31,8 +33,10 @@ __all__ = [
     "EngineDeadError",
     "JaxllmError",
     "Logprob",
+    "Model",
     "ModelConfig",
     "Output",
+    "Patch",
     "Request",
     "RequestError",
     "SamplingParams",
@@ -45,7 +49,7 @@ if TYPE_CHECKING:
     from jaxllm.config import EngineConfig as EngineConfig
     from jaxllm.engine import Engine as Engine
     from jaxllm.llm import LLM as LLM
-    from jaxllm.loading import load as load
+    from jaxllm.patch import Patch as Patch
     from jaxllm.request import Completion as Completion
     from jaxllm.request import ConfigError as ConfigError
     from jaxllm.request import EngineDeadError as EngineDeadError
@@ -55,6 +59,8 @@ if TYPE_CHECKING:
     from jaxllm.request import Request as Request
     from jaxllm.request import RequestError as RequestError
     from jaxllm.request import SamplingParams as SamplingParams
+    from jaxllm.research import Model as Model
+    from jaxllm.research import load as load
 
 
 def __getattr__(name: str):

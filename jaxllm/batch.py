@@ -69,6 +69,7 @@ class Batch:
     samples_M: Array
     token_N: Array
     position_N: Array
+    slot_N: Array
     kv_slot_N: Array
     logit_lane_M: Array
     target_T: Array
@@ -95,6 +96,7 @@ def unpack(packed: Array, bucket: Bucket, page_size: int, last_S: Array, table_S
         samples_M=samples_M > 0,
         token_N=jnp.concatenate([jnp.where(given_M >= 0, given_M, last_S[slot_M]), chunk_T]),
         position_N=position_N,
+        slot_N=slot_M[lane.row_N],
         # Lanes that no row owns write to the trash page.
         kv_slot_N=jnp.where(lane.position_N >= 0, page_N * page_size + position_N % page_size, 0),
         logit_lane_M=jnp.where(chunk_len_M > 0, m + chunk_start_M + chunk_len_M - 1, jnp.arange(m)),

@@ -6,7 +6,7 @@ from typing import Any, Literal
 ATTENTION_BACKENDS = ("auto", "portable", "sm90", "reference")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 KV_CACHE_DTYPES = ("auto", "fp8")
-LOAD_FORMATS = ("auto", "safetensors", "pt", "dummy")
+LOAD_FORMATS = ("auto", "safetensors", "pt", "orbax", "dummy")
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from jaxllm.batch import StepResult
+from jaxllm.patch import Patch
 from jaxllm.plan import Plan
 from jaxllm.request import (
     MAX_STOP_IDS,
@@ -77,10 +78,19 @@ class _Live:
 
 
 class Core:
-    """eos_ids: the tokens that end an answer unless a request says ignore_eos."""
+    """eos_ids: the tokens that end an answer unless a request says ignore_eos. patch: the one the runner was compiled with."""
 
-    def __init__(self, runner: Runs, plan: Plan, vocab_size: int, eos_ids: frozenset[int], tokenizer: Tokenizer | None, seed: int = 0):
-        self.plan, self.eos_ids = plan, eos_ids
+    def __init__(
+        self,
+        runner: Runs,
+        plan: Plan,
+        vocab_size: int,
+        eos_ids: frozenset[int],
+        tokenizer: Tokenizer | None,
+        seed: int = 0,
+        patch: Patch | None = None,
+    ):
+        self.plan, self.eos_ids, self._patch = plan, eos_ids, patch
         self.limits = Limits(plan.max_model_len, vocab_size, plan.max_logprobs, has_text=tokenizer is not None)
         self._runner, self._tokenizer = runner, tokenizer
         self._scheduler = Scheduler(plan)
@@ -94,6 +104,12 @@ class Core:
     def check(self, request: Request) -> None:
         """Raises RequestError for what can never be served."""
         self.limits.check(request)
+        if request.patch and self._patch is None:
+            raise RequestError(
+                "the request brings data for a patch, but the engine was started without one: give it patch=Patch(...)", "patch"
+            )
+        if self._patch is not None:
+            self._patch.row(request.patch)
 
     def add(self, request: Request, listener: Listener) -> None:
         """Queues a request; `listener` gets its outputs, from the thread that calls `turn`."""
@@ -107,7 +123,8 @@ class Core:
         longest = self.plan.max_model_len
         limit = longest if params.max_tokens is None else min(longest, len(request.prompt_token_ids) + params.max_tokens)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        sequences = [Sequence(request, i, seed + i, limit, stop_ids) for i in range(params.n)]
+        root = b"" if self._patch is None else self._patch.digest(request.patch)
+        sequences = [Sequence(request, i, seed + i, limit, stop_ids, root) for i in range(params.n)]
         answers = [_Answer(s, self._tokenizer and Detokenizer(self._tokenizer, request.prompt_token_ids, params)) for s in sequences]
         self._live[request.id] = _Live(request, listener, answers, params.n, None if params.prompt_logprobs is None else {})
         self._counts["prompt_tokens"] += len(request.prompt_token_ids)
@@ -124,6 +141,10 @@ class Core:
     def abort_all(self, reason: FinishReason) -> None:
         for request_id in list(self._live):
             self.abort(request_id, reason)
+
+    def forget(self) -> None:
+        """The runner has new parameters: nothing in the prefix cache is true any more. What runs goes on, on the keys and values it has."""
+        self._scheduler.forget()
 
     # ------------------------------------------------------------------ the turn
 

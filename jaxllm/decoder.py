@@ -15,15 +15,18 @@ from flax import nnx
 from converters.model_config import Layer, ModelConfig
 from jaxllm import parallel
 from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
+from jaxllm.patch import Patching
 from pallas_kernels import Linears, Product, Stream
 
 KV = Any  # one layer's cache, as its context understands it: a pair of page arrays, or None
+ATTENTION = "attention"  # probabilities [Q, N, N] float32, row n over the tokens it saw
 
 
 class Context(Protocol):
     """How a step's tokens see each other and the past. A pytree."""
 
-    linears: Linears | None  # how the products of a step with few rows run; None: as plain products. Only if Decoder.products has any
+    # How the products of a step with few rows run; None: as plain products. Only if Decoder.products has any and no layer is visited.
+    linears: Linears | None
 
     def attend(
         self, q_NQH: jax.Array, k_NKH: jax.Array, v_NKH: jax.Array, kv: KV, *, scale: float, window: int | None, softcap: float | None
@@ -37,13 +40,25 @@ class Context(Protocol):
         """The same from what one product of `attn` left, parts to be summed, neither biased nor normed nor turned. Asked if `linears`."""
         ...
 
+    def visits(self, layer: int, kv: KV) -> bool:
+        """Does anybody look at this layer's activations? One that nobody looks at shares its trace with its like."""
+        ...
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+    def visit(self, layer: int, site: str, value_ND: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
+        """The activation at one of patch.SITES, as it is to be from here on, and the layer's cache."""
+        ...
+
+
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseContext:
-    """One whole sequence and no cache: plain causal attention, and the meaning that paged attention must keep."""
+    """One whole sequence and no cache: plain causal attention, and the meaning that paged attention must keep.
+
+    A layer's cache may be a dict: what it names, of patch.SITES and ATTENTION, is kept there.
+    """
 
     linears: ClassVar[None] = None
+    patching: Patching | None = None
 
     def attend(self, q_NQH, k_NKH, v_NKH, kv, *, scale, window, softcap):
         N, Q, H = q_NQH.shape
@@ -52,8 +67,20 @@ class DenseContext:
         s_KGNS = s_KGNS if softcap is None else jnp.tanh(s_KGNS / softcap) * softcap
         age_NS = jnp.arange(N)[:, None] - jnp.arange(N)
         seen_NS = (age_NS >= 0) & (age_NS < (window or N))
-        p_KGNS = jax.nn.softmax(jnp.where(seen_NS, s_KGNS, -jnp.inf), -1).astype(q_NQH.dtype)
-        return jnp.einsum("kgns,skh->nkgh", p_KGNS, v_NKH).reshape(N, Q, H), kv
+        p_KGNS = jax.nn.softmax(jnp.where(seen_NS, s_KGNS, -jnp.inf), -1)
+        kv = _kept(kv, ATTENTION, p_KGNS.reshape(Q, N, N))
+        return jnp.einsum("kgns,skh->nkgh", p_KGNS.astype(q_NQH.dtype), v_NKH).reshape(N, Q, H), kv
+
+    def visits(self, layer: int, kv: KV) -> bool:
+        return kv is not None or (self.patching is not None and self.patching.patch.visits(layer))
+
+    def visit(self, layer: int, site: str, value_ND: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
+        value_ND = value_ND if self.patching is None else self.patching(layer, site, value_ND)
+        return value_ND, _kept(kv, site, value_ND)
+
+
+def _kept(kv: KV, name: str, value: jax.Array) -> KV:
+    return kv | {name: value} if kv is not None and name in kv else kv
 
 
 class Attention(nnx.Module):
@@ -102,13 +129,20 @@ class Block(nnx.Module):
         self.mlp = MoE(w, name, c, layer.experts) if layer.experts else MLP(w, name, c.d_ff, c)
         self.parallel = c.parallel
 
-    def __call__(self, x_ND: jax.Array, kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: Context) -> tuple[jax.Array, KV]:
+    def __call__(
+        self, x_ND: jax.Array, kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: Context, visited: int | None = None
+    ) -> tuple[jax.Array, KV]:
+        """visited: this layer's number, if the context looks at its activations."""
+        visit = _pass if visited is None else partial(ctx.visit, visited)
+        x_ND, kv = visit("resid_pre", x_ND, kv)
         normed_ND = _apply(self.attn_in, x_ND)
         attn_ND, kv = self.attn(normed_ND, kv, cos_sin, ctx)
-        h_ND = x_ND + _apply(self.attn_out, attn_ND)
+        attn_ND, kv = visit("attn_out", _apply(self.attn_out, attn_ND), kv)
+        h_ND = x_ND + attn_ND
         # In parallel the MLP reads what attention read: through a norm of its own (GPT-NeoX) or the same one (Phi).
         mlp_in_ND = h_ND if not self.parallel else x_ND if self.mlp_in is not None else normed_ND
-        return h_ND + _apply(self.mlp_out, self.mlp(_apply(self.mlp_in, mlp_in_ND))), kv
+        mlp_ND, kv = visit("mlp_out", _apply(self.mlp_out, self.mlp(_apply(self.mlp_in, mlp_in_ND))), kv)
+        return visit("resid_post", h_ND + mlp_ND, kv)
 
     def fused(self, x: Stream, kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: Context) -> tuple[Stream, KV]:
         """The same of a usual block, through the fused kernels of `ctx.linears`."""
@@ -139,15 +173,19 @@ class Block(nnx.Module):
         return [Product(w.shape[0] // (1 + gated), w.shape[1], gated) for w, gated in weights]
 
 
+def _pass(site: str, value_ND: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
+    return value_ND, kv
+
+
 def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:
     return x if norm is None else norm(x)
 
 
-@partial(jax.jit, static_argnums=0)
-def run_block(graphdef: nnx.GraphDef, state: nnx.State, x: Any, kv: KV, cos_sin, ctx: Context) -> tuple[Any, KV]:
+@partial(jax.jit, static_argnums=(0, 6))
+def run_block(graphdef: nnx.GraphDef, state: nnx.State, x: Any, kv: KV, cos_sin, ctx: Context, visited: int | None) -> tuple[Any, KV]:
     """A jit within the step's jit: layers that differ only in their arrays are traced and lowered once, and called L times."""
     block = nnx.merge(graphdef, state)
-    return (block if ctx.linears is None else block.fused)(x, kv, cos_sin, ctx)
+    return block(x, kv, cos_sin, ctx, visited) if ctx.linears is None else block.fused(x, kv, cos_sin, ctx)
 
 
 class Decoder(nnx.Module):
@@ -175,7 +213,7 @@ class Decoder(nnx.Module):
         for i, (block, layer) in enumerate(zip(self.blocks, self.c.layers, strict=True)):
             graphdef, state = nnx.split(block)
             cos_sin = None if layer.rope is None else turns[layer.rope]
-            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx)
+            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, i if ctx.visits(i, kept[i]) else None)
         return self.norm(x) if ctx.linears is None else ctx.linears.finish(x, self.norm.rms()), kept
 
     def products(self) -> list[Product] | None:

@@ -14,9 +14,11 @@ from collections.abc import AsyncIterator, Callable
 from jaxllm.config import EngineConfig
 from jaxllm.core import Core
 from jaxllm.loading import Loaded, load_engine_parts
+from jaxllm.patch import Patch
 from jaxllm.plan import Plan
 from jaxllm.request import EngineDeadError, JaxllmError, Output, Request, Stats
 from jaxllm.text import Tokenizer
+from jaxllm.weights import Params
 
 log = logging.getLogger("jaxllm")
 
@@ -26,12 +28,13 @@ Sink = Callable[[Output | Exception], None]
 class Engine:
     """A loaded, compiled, running model. Construction returns when it is ready; `close` (or `with`) ends it.
 
-    Raises ConfigError if options, checkpoint and machine do not fit together.
+    patch: changes activations at the sites it names; requests bring its data (Request.patch).
+    Raises ConfigError if options, checkpoint, patch and machine do not fit together.
     """
 
-    def __init__(self, config: EngineConfig | None = None, **options):
+    def __init__(self, config: EngineConfig | None = None, *, patch: Patch | None = None, **options):
         config = config or EngineConfig(**options)
-        parts = load_engine_parts(config)
+        parts = load_engine_parts(config, patch)
         self._start(config, parts)
 
     def _start(self, config: EngineConfig, parts: Loaded) -> None:
@@ -41,7 +44,8 @@ class Engine:
         self.model_path: str = parts.path
         self.model_name: str = config.served_model_name or parts.name
         self.default_params: dict = parts.default_params
-        self._core = Core(parts.runner, parts.plan, parts.vocab_size, parts.eos_ids, parts.tokenizer, config.seed)
+        self._runner = parts.runner
+        self._core = Core(parts.runner, parts.plan, parts.vocab_size, parts.eos_ids, parts.tokenizer, config.seed, parts.runner.patch)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue, Output | Exception]]] = {}
         self._sinks: dict[str, Sink] = {}
@@ -99,6 +103,26 @@ class Engine:
         """Ends a request and gives its pages back at the next turn. Its sink hears finish_reason "abort"."""
         if self.healthy:
             self._send(lambda: self._core.abort(request_id))
+
+    def update_params(self, params: Params) -> None:
+        """Serves these parameters from the next step on, and returns when it does. Nothing is compiled.
+
+        params: every tensor that `load` gives, in the engine's dtype. Those that the engine holds as they are it takes without a
+        copy, so do not donate them to a jit afterwards; those it fuses (QKV, gate and up) are joined on the devices, for which
+        both sets must fit beside each other for a moment. The prefix cache is emptied. Requests that are running go on with the
+        new parameters, on the keys and values that the old ones made. Raises ConfigError if names, shapes or types differ.
+        """
+        prepared, done = self._runner.prepare(params), threading.Event()
+
+        def swap() -> None:
+            self._runner.use(prepared)
+            self._core.forget()
+            done.set()
+
+        self._send(swap)
+        while not done.wait(0.1):
+            if not self.healthy:
+                raise EngineDeadError(f"the engine stopped before it took the parameters: {self._dead or 'it was closed'}")
 
     def close(self) -> None:
         """Aborts what runs and stops the thread. May be called twice."""

@@ -14,9 +14,9 @@ from flax import nnx
 import pallas_kernels
 from converters.model_config import Experts, ModelConfig, Rope
 from jaxllm import parallel
-from jaxllm.weights import Weights, WeightShapes
+from jaxllm.weights import Given, Weights, WeightShapes
 
-Source = Weights | WeightShapes  # RandomWeights too
+Source = Weights | WeightShapes | Given  # RandomWeights too
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,

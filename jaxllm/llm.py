@@ -2,7 +2,7 @@
 
 import itertools
 import queue
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,21 +10,23 @@ from tqdm import tqdm
 
 from jaxllm.config import EngineConfig
 from jaxllm.engine import Engine
+from jaxllm.patch import Patch
 from jaxllm.request import Completion, Output, Request, RequestError, SamplingParams
+from jaxllm.weights import Params
 
 Prompt = str | Sequence[int]
 
 
 class LLM:
-    """A model in this process. Options are EngineConfig's; `model=None` is the one that ships in the package.
+    """A model in this process. Options are EngineConfig's; `model=None` is the one that ships in the package, `patch` as in Engine.
 
     llm = LLM("path/or/hub-id")
     for output in llm.generate(["Once upon a time"], SamplingParams(max_tokens=50)):
         print(output.outputs[0].text)
     """
 
-    def __init__(self, model: str | None = None, **options: Any):
-        self.engine = Engine(EngineConfig(model=model, **options))
+    def __init__(self, model: str | None = None, *, patch: Patch | None = None, **options: Any):
+        self.engine = Engine(EngineConfig(model=model, **options), patch=patch)
         self._ids = itertools.count()
 
     @property
@@ -40,16 +42,18 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        patch: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         use_tqdm: bool = True,
     ) -> list[Output]:
         """Every prompt continued, in input order.
 
-        prompts: one or many, each a text or a list of token ids. sampling_params: one for all, or one each. Raises RequestError,
-        before anything runs, for a prompt or parameter that cannot be served.
+        prompts: one or many, each a text or a list of token ids. sampling_params, and what is brought for the engine's patch: one
+        for all, or one each. Raises RequestError, before anything runs, for a prompt or parameter that cannot be served.
         """
         many = _as_list(prompts)
         params = self._params(sampling_params, len(many))
-        requests = [self._request(prompt, p) for prompt, p in zip(many, params, strict=True)]
+        patches = _one_each(patch, len(many), "patch data")
+        requests = [self._request(*each) for each in zip(many, params, patches, strict=True)]
         for request in requests:
             self.engine.check(request)
         return self._run(requests, use_tqdm)
@@ -59,6 +63,7 @@ class LLM:
         messages: Sequence[dict] | Sequence[Sequence[dict]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        patch: Mapping[str, Any] | Sequence[Mapping[str, Any] | None] | None = None,
         use_tqdm: bool = True,
         **template: Any,
     ) -> list[Output]:
@@ -66,7 +71,12 @@ class LLM:
         if self.tokenizer is None:
             raise RequestError("chat needs a tokenizer, and this engine runs without one; name one with tokenizer=...")
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
-        return self.generate([self.tokenizer.chat(c, **template) for c in conversations], sampling_params, use_tqdm=use_tqdm)
+        prompts = [self.tokenizer.chat(c, **template) for c in conversations]
+        return self.generate(prompts, sampling_params, patch=patch, use_tqdm=use_tqdm)
+
+    def update_params(self, params: Params) -> None:
+        """Serves these parameters from now on, as Engine.update_params says."""
+        self.engine.update_params(params)
 
     def close(self) -> None:
         self.engine.close()
@@ -78,19 +88,15 @@ class LLM:
         self.close()
 
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
-        if given is None or isinstance(given, SamplingParams):
-            return [given or self.default_params()] * count
-        if len(given) != count:
-            raise RequestError(f"{count} prompts were given with {len(given)} sampling params; give one, or one each")
-        return list(given)
+        return _one_each(given or self.default_params(), count, "sampling params")
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, patch: Mapping[str, Any] | None) -> Request:
         request_id = f"llm-{next(self._ids)}"
         if not isinstance(prompt, str):
-            return Request(request_id, tuple(int(i) for i in prompt), params, stream=False)
+            return Request(request_id, tuple(int(i) for i in prompt), params, stream=False, patch=patch)
         if self.tokenizer is None:
             raise RequestError("a text prompt needs a tokenizer, and this engine runs without one; give token ids")
-        return Request(request_id, tuple(self.tokenizer.encode(prompt)), params, prompt, stream=False)
+        return Request(request_id, tuple(self.tokenizer.encode(prompt)), params, prompt, stream=False, patch=patch)
 
     def _run(self, requests: list[Request], use_tqdm: bool) -> list[Output]:
         events: queue.SimpleQueue[Output | Exception] = queue.SimpleQueue()
@@ -155,6 +161,15 @@ class _Bar:
             f"est. speed input: {self._in / seconds:.2f} toks/s, output: {self._out / seconds:.2f} toks/s", refresh=False
         )
         self._bar.update(1)
+
+
+def _one_each(given: Any, count: int, what: str) -> list[Any]:
+    """`given` for each of `count` prompts, unless it is a list of them."""
+    if not isinstance(given, list | tuple):
+        return [given] * count
+    if len(given) != count:
+        raise RequestError(f"{count} prompts were given with {len(given)} {what}; give one, or one each")
+    return list(given)
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

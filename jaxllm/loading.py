@@ -4,16 +4,16 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from converters import orbax
 from converters.checkpoint import Checkpoint, tensor_shapes
 from converters.model_config import ModelConfig
 from jaxllm.config import EngineConfig
@@ -22,12 +22,14 @@ from jaxllm.devices import cache_folder, choose_devices, machine
 from jaxllm.executables import Executables
 from jaxllm.layers import Source
 from jaxllm.parallel import make_mesh
+from jaxllm.params import abstract, compile_joins, layout
+from jaxllm.patch import Patch
 from jaxllm.plan import Plan, choose_dtype, dtype_bytes, make_plan
 from jaxllm.request import ConfigError
 from jaxllm.runner import Runner
 from jaxllm.source import as_config_error, default_params, eos_ids, load_tokenizer, open_model, refuse_remote_code
 from jaxllm.text import Tokenizer
-from jaxllm.weights import RandomWeights, Weights, WeightShapes, loading_bar
+from jaxllm.weights import Once, RandomWeights, Weights, WeightShapes, loading_bar
 from pallas_kernels import capability_of, implementation_for
 
 log = logging.getLogger("jaxllm")
@@ -47,7 +49,7 @@ class Loaded:
     default_params: dict[str, Any]
 
 
-def load_engine_parts(config: EngineConfig) -> Loaded:
+def load_engine_parts(config: EngineConfig, patch: Patch | None = None) -> Loaded:
     """Everything loaded and compiled. Raises ConfigError in a sentence if something does not fit."""
     refuse_remote_code(config)
     with phase("devices"):
@@ -58,19 +60,22 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
     with phase("tokenizer"), as_config_error():
         tokenizer = load_tokenizer(config, folder)
     weight_bytes = _weight_bytes(config, checkpoint)
-    plan = make_plan(config, checkpoint.config, checkpoint.dtype, machine(devices, config), weight_bytes)
+    row_bytes = 0 if patch is None else patch.row_bytes
+    plan = make_plan(config, checkpoint.config, checkpoint.dtype, machine(devices, config), weight_bytes, row_bytes)
     model = checkpoint.config.for_context(plan.max_model_len)
     if any(layer.experts for layer in model.layers):
         log.warning("mixture of experts: every expert runs for every token for now, so steps are slow")
     implementation = choose_attention(config, plan, model, devices[0])
     log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)
     shapes = Decoder(WeightShapes(tensor_shapes(model), mesh, plan.dtype), model)
-    runner = Runner(shapes, plan, mesh, implementation)
+    runner = Runner(shapes, plan, mesh, implementation, patch)
+    # A patch is code that no file's name can tell.
+    kept = Executables(cache_folder() if patch is None else None, devices, plan, model, implementation)
     with ThreadPoolExecutor(1, "weights") as pool:
         weights = pool.submit(_timed_decoder, config, checkpoint, model, mesh, plan.dtype)
         with phase(f"compiling {len(plan.buckets) + 1} shapes"):
             try:
-                runner.compile(Executables(cache_folder(), devices, plan, model, implementation))
+                runner.compile(kept)
             except NotImplementedError as error:  # an attention that was asked for by name
                 raise ConfigError(f"--attention-backend {implementation}: {error}") from error
         decoder = weights.result()
@@ -86,22 +91,6 @@ def load_engine_parts(config: EngineConfig) -> Loaded:
         eos_ids=eos_ids(config, checkpoint, tokenizer),
         default_params=default_params(config, checkpoint),
     )
-
-
-def load(
-    path: str | Path, *, dtype: str = "auto", devices: Sequence[Any] | None = None, max_model_len: int | None = None
-) -> tuple[Decoder, Tokenizer | None]:
-    """The bare module and its tokenizer, for research: `decoder(tokens_N, positions_N, None, DenseContext())` gives hidden states.
-
-    path: a folder or a Hub id. The weights are sharded over `devices`, by default the first one. A longrope model gets the
-    frequencies for `max_model_len` tokens, by default the longest context it was made for, as in the engine.
-    """
-    config = EngineConfig(model=str(path), dtype=dtype)
-    folder, checkpoint = open_model(config)
-    mesh = make_mesh(devices or jax.devices()[:1])
-    model = checkpoint.config.for_context(max_model_len or checkpoint.config.max_position)
-    decoder = load_decoder(config, checkpoint, model, mesh, choose_dtype(dtype, checkpoint.dtype))
-    return decoder, load_tokenizer(config, folder)
 
 
 def choose_attention(config: EngineConfig, plan: Plan, model: ModelConfig, device: Any) -> str:
@@ -128,11 +117,23 @@ def load_decoder(config: EngineConfig, checkpoint: Checkpoint, model: ModelConfi
         source: Source
         if config.load_format == "dummy":
             source = RandomWeights(tensor_shapes(model), mesh, dtype, config.seed, norm_bias=model.norm_bias)
+        elif checkpoint.converted:
+            source = Once(load_params(checkpoint, model, mesh, dtype), mesh, compile_joins(model, mesh))
         else:
             source = Weights(checkpoint.tensors, mesh, dtype, stack.enter_context(loading_bar(checkpoint.tensors)))
         decoder = Decoder(source, model)
         jax.block_until_ready(nnx.state(decoder))
     return decoder
+
+
+def load_params(checkpoint: Checkpoint, model: ModelConfig, mesh: Mesh, dtype: str) -> dict[str, jax.Array]:
+    """Every tensor by its name, unfused, each device reading its own part."""
+    wanted = abstract(model, mesh, dtype)
+    if checkpoint.converted:
+        return orbax.restore(checkpoint.folder, wanted)
+    with loading_bar(checkpoint.tensors) as progress:
+        weights, axes = Weights(checkpoint.tensors, mesh, dtype, progress), layout(model, mesh).axes
+        return jax.block_until_ready({name: weights(name, w.shape, axes[name]) for name, w in wanted.items()})
 
 
 def _weight_bytes(config: EngineConfig, checkpoint: Checkpoint) -> int:

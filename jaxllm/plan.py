@@ -94,8 +94,13 @@ class Plan:
         )
 
 
-def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, machine: Machine, weight_bytes: int) -> Plan:
-    """`weight_bytes` is what the weights take on each device. Raises ConfigError if the model does not fit the machine."""
+def make_plan(
+    config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, machine: Machine, weight_bytes: int, row_bytes: int = 0
+) -> Plan:
+    """`weight_bytes` is what the weights take on each device, `row_bytes` what a patch keeps there for each row.
+
+    Raises ConfigError if the model does not fit the machine.
+    """
     if machine.count < config.tensor_parallel_size:
         raise ConfigError(
             f"--tensor-parallel-size {config.tensor_parallel_size} wants as many devices, but this machine shows {machine.count}; "
@@ -117,7 +122,7 @@ def make_plan(config: EngineConfig, model: ModelConfig, checkpoint_dtype: str, m
     scored = Bucket(min(chunks), min(rows, 8), scored=True)
     buckets = _buckets(rows, chunks, config.enforce_eager, machine)
     step_bytes = _step_bytes(model, rows, max(chunks), scored, dtype, config.tensor_parallel_size)
-    beside = step_bytes + _kept_bytes(model, (*buckets, scored), rows, -(-wanted // page_size)) + SLACK
+    beside = step_bytes + _kept_bytes(model, (*buckets, scored), rows, -(-wanted // page_size)) + (rows + 1) * row_bytes + SLACK
     pages = config.num_gpu_blocks_override or _num_pages(machine, rows, wanted, page_size, page_bytes, weight_bytes + beside)
     if pages * page_size < wanted:
         if config.max_model_len is None or longest > 0:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -128,6 +128,7 @@ class Request:
     """One prompt to continue. `id` is the caller's; it must be unique among the running ones.
 
     stream: an Output for every token; otherwise each continuation comes once, whole, when it ends.
+    patch: what this request brings for the engine's Patch, by name; what it leaves out is as the patch has it.
     """
 
     id: str
@@ -135,6 +136,7 @@ class Request:
     params: SamplingParams
     prompt: str | None = None  # its text, if it had one, only to be given back
     stream: bool = True
+    patch: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ inbox. XLA then launches the step's CUDA graph as it is, where one new address m
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,11 +32,16 @@ from jaxllm.cache import Cache, cache_shapes, make_cache
 from jaxllm.decoder import Decoder
 from jaxllm.executables import Executables
 from jaxllm.parallel import sharding
+from jaxllm.params import abstract, layout, place
+from jaxllm.patch import Patch
 from jaxllm.plan import GIB, Bucket, Plan
 from jaxllm.request import ConfigError
 from jaxllm.scheduler import Step
+from jaxllm.weights import Given, Join, Params
 
 log = logging.getLogger("jaxllm")
+
+Prepared = tuple[Array, ...]
 
 ADMITTED = 16  # sequences whose row state one dispatch brings to the device
 # XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing.
@@ -78,8 +83,10 @@ class Runner:
     decoder: the network, of arrays or of what stands for them (`WeightShapes`): compiling need not wait for weights.
     """
 
-    def __init__(self, decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str):
-        self.plan, self.model = plan, decoder.c
+    def __init__(self, decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, patch: Patch | None = None):
+        self.plan, self.model, self.patch = plan, decoder.c, patch
+        if patch is not None:
+            patch.check(len(decoder.c.layers))
         self._mesh, self._implementation = mesh, implementation
         self._graph, state = nnx.split(decoder)
         leaves, self._tree = jax.tree.flatten(state)
@@ -94,6 +101,9 @@ class Runner:
         self._admits: dict[str, Callable] = {}
         self._inboxes: dict[Bucket, Array] = {}
         self._ports: dict[int, device.Ports] = {}
+        self._joins: dict[Join, Callable] = {}
+        self._patch_S = self._empty_patch()
+        self._patched: set[int] = set()  # slots whose last sequence brought data
 
     def _empty_state(self) -> RowState:
         slots, vocab = self.plan.max_num_seqs + 1, self.model.vocab_size
@@ -107,6 +117,11 @@ class Runner:
             "in_prompt_SV": ((slots, vocab), jnp.bool_),
         }
         return RowState(**self._zeros({name: jax.ShapeDtypeStruct(*s) for name, s in shapes.items()}))
+
+    def _empty_patch(self) -> dict[str, Array]:
+        """For every row slot what the patch takes from one that brings nothing."""
+        row, slots = ({} if self.patch is None else self.patch.row(None)), self.plan.max_num_seqs + 1
+        return {name: jax.device_put(np.broadcast_to(value, (slots, *value.shape)), self._everywhere) for name, value in row.items()}
 
     def _zeros(self, shapes: Any) -> Any:
         make = jax.jit(lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes), out_shardings=self._everywhere)
@@ -162,7 +177,7 @@ class Runner:
         precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
         for b in steps:
             ports, inbox = device.Ports.shapes(b.rows, self.model.vocab_size), f((packed_size(b),), jnp.int32)
-            args = (self._params, cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, ports)
+            args = (self._params, cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, ports, self._patch_S)
             step = precision(partial(self._step, b))
             job(str(b), self._steps, b, step, args, (1, 2, 3, 7), (out, *[self._everywhere] * 4), _LARGE if b.chunk else None)
             job(f"{b}'s inbox", self._loads, b, _load, (inbox, inbox), (0,))
@@ -176,12 +191,18 @@ class Runner:
         packed = f((ADMITTED, device.row_width(self.plan)), jnp.int32)
         job("admission", self._admits, "rows", device.admit, (s.table_SP, s.floats_SF, s.ints_SI, s.edits_SE, packed), (0, 1, 2, 3))
         job("edits", self._admits, "edits", device.admit_edits, (s.edits_SE, s.counts_SV, s.in_prompt_SV, *spare), (0, 1, 2))
+        if self.patch is not None:
+            args = (self._patch_S, np.int32(0), self.patch.row(None))
+            job("patch data", self._admits, "patch", device.admit_patch, args, (0,))
+        for how in layout(self.model, self._mesh).joins:
+            job(f"joining {how.shapes} by {how.axes}", self._joins, how, how.__call__, (how.parts(self.plan.dtype),), (), how.sharding)
         return jobs
 
     def _step(self, bucket: Bucket, params, *arrays):
-        """`arrays`: as `model_step` takes them, and the ports, whose memory its results get."""
+        """`arrays`: as `model_step` takes them, the ports, whose memory its results get, and what the rows bring for the patch."""
         decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, params))
-        return device.model_step(decoder, self.plan, self._mesh, self._implementation, bucket, *arrays[:-1])
+        *arrays, _, patch_S = arrays
+        return device.model_step(decoder, self.plan, self._mesh, self._implementation, bucket, *arrays, self.patch, patch_S)
 
     def _check_memory(self) -> None:
         """A step must fit beside weights and cache. It is XLA's own figure, not a trial run's."""
@@ -201,6 +222,8 @@ class Runner:
             self._draw_edited(bucket.rows)
         self._admit_rows([])
         self._admit_edits(None)
+        if self.patch is not None:
+            self._admit_patch(self.plan.max_num_seqs, None)
         jax.block_until_ready((self._cache, vars(self._state)))
 
     # ------------------------------------------------------------------ running
@@ -212,6 +235,8 @@ class Runner:
         for sequence in step.admitted:
             if sequence.params.edits:
                 self._admit_edits(sequence)
+            if sequence.slot is not None and (sequence.request.patch or sequence.slot in self._patched):
+                self._admit_patch(sequence.slot, sequence.request.patch)
         prompt = self._dispatch(step)
         rows, logprobs = step.bucket.rows, None
         sampling = [row.sequence.params for row in step.rows if row.samples]
@@ -227,7 +252,7 @@ class Runner:
         run = self._steps[bucket]
         inbox = self._inboxes[bucket] = self._loads[bucket](self._inboxes[bucket], pack(step, self.plan))
         self._cache, s.last_S, s.table_SP, self._ports[bucket.rows], prompt = run(
-            self._params, self._cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, self._ports[bucket.rows]
+            self._params, self._cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, self._ports[bucket.rows], self._patch_S
         )
         return prompt
 
@@ -249,6 +274,28 @@ class Runner:
     def _admit_edits(self, sequence: scheduler.Sequence | None) -> None:
         s, packed = self._state, device.pack_edits(sequence, self.plan.max_num_seqs, self.model.vocab_size)
         s.edits_SE, s.counts_SV, s.in_prompt_SV = self._admits["edits"](s.edits_SE, s.counts_SV, s.in_prompt_SV, *packed)
+
+    def _admit_patch(self, slot: int, given: Mapping[str, Any] | None) -> None:
+        assert self.patch is not None
+        self._patch_S = self._admits["patch"](self._patch_S, np.int32(slot), self.patch.row(given))
+        (self._patched.add if given else self._patched.discard)(slot)
+
+    # ------------------------------------------------------------------ other parameters
+
+    def prepare(self, params: Params) -> Prepared:
+        """`params` as the compiled steps take them: what the engine fuses is fused on the devices, the rest are the arrays given.
+
+        Any thread may prepare. Raises ConfigError unless they are this model's, in the plan's dtype.
+        """
+        placed = place(params, abstract(self.model, self._mesh, self.plan.dtype))
+        graph, state = nnx.split(Decoder(Given(placed, self._mesh, self._joins), self.model))
+        leaves, tree = jax.tree.flatten(state)
+        assert (graph, tree) == (self._graph, self._tree), "the parameters make another network"
+        return tuple(leaves)
+
+    def use(self, prepared: Prepared) -> None:
+        """Steps from here on run with these parameters. Steps under way keep theirs."""
+        self._params = prepared
 
 
 @dataclass(frozen=True)

@@ -13,15 +13,17 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from jaxllm.pages import PagePool, chain
+from jaxllm.pages import ROOT, PagePool, chain
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import Request
+
+NEVER = 2**31  # more pages than any sequence fills: nothing of it is published
 
 
 class Sequence:
     """One continuation of one request: its tokens so far, and how far the cache has come."""
 
-    def __init__(self, request: Request, index: int, seed: int, limit: int, stop_ids: frozenset[int] = frozenset()):
+    def __init__(self, request: Request, index: int, seed: int, limit: int, stop_ids: frozenset[int] = frozenset(), root: bytes = ROOT):
         self.request = request
         self.stop_ids = stop_ids  # any of them ends it
         self.params = request.params
@@ -34,6 +36,7 @@ class Sequence:
         self.computed = 0  # tokens whose K and V the dispatched steps write
         self.cached = 0  # prompt tokens that the first admission found in the cache
         self.pages: list[int] = []
+        self.root = root  # the parent of the first page's digest: sequences of different roots share nothing
         self.names: list[bytes] = []  # digests of the full pages of `tokens`, as far as they were needed
         self.published = 0
         self.scored = request.params.prompt_logprobs is not None and index == 0  # must its prompt run in scored steps?
@@ -91,6 +94,12 @@ class Scheduler:
         else:
             self.publish(sequence)
             self._leave(sequence)
+
+    def forget(self) -> None:
+        """After the parameters changed: no page is found again, nor what a running sequence wrote or will write beside it."""
+        self.pool.forget()
+        for sequence in self.running:
+            sequence.published = NEVER
 
     def publish(self, sequence: Sequence) -> None:
         """Makes the pages findable that are full of known tokens."""
@@ -194,7 +203,8 @@ class Scheduler:
     def _name(self, sequence: Sequence, count: int) -> None:
         have, size = len(sequence.names), self.plan.page_size
         if count > have:
-            sequence.names += chain(sequence.tokens[have * size : count * size], size, *sequence.names[-1:])
+            parent = sequence.names[-1] if have else sequence.root
+            sequence.names += chain(sequence.tokens[have * size : count * size], size, parent)
 
     def _decode(self, sequence: Sequence) -> Row:
         new_page = 0

@@ -20,6 +20,7 @@ from jaxllm.batch import unpack
 from jaxllm.cache import PAGE_AXES, Cache
 from jaxllm.decoder import Attention, Decoder
 from jaxllm.parallel import spec
+from jaxllm.patch import Patch, Patching
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
 from jaxllm.scheduler import Sequence
@@ -36,6 +37,7 @@ class PagedContext:
     works: dict[str, Work]  # by window
     mesh: Mesh = field(metadata={"static": True})
     linears: Linears | None = field(metadata={"static": True})
+    patching: Patching | None = None
 
     def attend(self, q_NQH: Array, k_NKH: Array, v_NKH: Array, kv, *, scale: float, window: int | None, softcap: float | None):
         def local(q, k, v, k_pages, v_pages, slots, rows, work):
@@ -71,6 +73,12 @@ class PagedContext:
         options = dict(scale=attn.scale, window=attn.window, softcap=attn.softcap)
         return paged_attention(q_NQH, k_pages, v_pages, self.rows, work, **options), (k_pages, v_pages)
 
+    def visits(self, layer: int, kv) -> bool:
+        return self.patching is not None and self.patching.patch.visits(layer)
+
+    def visit(self, layer: int, site: str, value_ND: Array, kv):
+        return value_ND if self.patching is None else self.patching(layer, site, value_ND), kv
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -103,15 +111,20 @@ def model_step(
     floats_SF: Array,
     ints_SI: Array,
     inbox: Array,
+    patch: Patch | None = None,
+    patch_S: dict[str, Array] | None = None,
 ) -> tuple[Cache, Array, Array, Ports, tuple[Array, ...]]:
     """One step: (cache, last_S, table_SP, ports, prompt log-probabilities of a scored bucket). `inbox` is what `batch.pack` made.
 
     Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
+    patch_S: what each row slot brings for the patch.
     """
     batch, table_SP = unpack(inbox, bucket, plan.page_size, last_S, table_SP)
     works = _works(decoder.c, plan, implementation, batch.rows, bucket)
-    linears = _linears(decoder, plan, mesh, implementation, bucket)
-    context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears)
+    patching = None if patch is None else Patching(patch_S or {}, batch.slot_N, batch.position_N, patch)
+    # The fused kernels have no sites.
+    linears = _linears(decoder, plan, mesh, implementation, bucket) if patch is None else None
+    context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears, patching)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     logits_MV = decoder.logits(hidden_ND[batch.logit_lane_M])
     head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
@@ -196,6 +209,11 @@ def admit_edits(edits_SE: Array, counts_SV: Array, in_prompt_SV: Array, head: Ar
     """What one row's logits are edited by, as `pack_edits` wrote it."""
     slot = head[0]
     return edits_SE.at[slot].set(head[1:]), counts_SV.at[slot].set(counts_V), in_prompt_SV.at[slot].set(in_prompt_V)
+
+
+def admit_patch(data_S: dict[str, Array], slot: Array, row: dict[str, Array]) -> dict[str, Array]:
+    """What one row brings for the patch."""
+    return {name: value_S.at[slot].set(row[name]) for name, value_S in data_S.items()}
 
 
 def row_width(plan: Plan) -> int:

@@ -9,6 +9,7 @@ import contextlib
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +24,7 @@ from jaxllm import parallel
 from jaxllm.parallel import Axes
 
 Shape = tuple[int, ...]
+Params = Mapping[str, jax.Array]
 
 NORMS = frozenset({"norm", "attn_in", "attn_out", "mlp_in", "mlp_out", "q_norm", "k_norm"})
 THREADS = 8  # page faults of a cold file and casts run beside each other; more gains nothing on one disk
@@ -159,10 +161,7 @@ def _normal(shapes: tuple[Shape, ...], devices: int, dtype: jnp.dtype, where: Sh
 
     def make(keys: list[jax.Array]) -> jax.Array:
         parts = [jax.random.normal(key, shape, dtype) * jnp.asarray(0.02, dtype) for key, shape in zip(keys, shapes, strict=True)]
-        if len(parts) == 1:
-            return parts[0]
-        by_device = [part.reshape(devices, -1, *part.shape[1:]) for part in parts]
-        return jnp.concatenate(by_device, axis=1).reshape(_fused_shape(shapes))
+        return parts[0] if len(parts) == 1 else _device_by_device(parts, devices)
 
     return jax.jit(make, out_shardings=where)
 
@@ -174,6 +173,73 @@ def _constant(shape: Shape, dtype: jnp.dtype, where: Sharding):
 
 def _fused_shape(shapes: Sequence[Shape]) -> Shape:
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+
+
+def _device_by_device(parts: Sequence[jax.Array], devices: int) -> jax.Array:
+    by_device = [part.reshape(devices, -1, *part.shape[1:]) for part in parts]
+    return jnp.concatenate(by_device, axis=1).reshape(_fused_shape([part.shape for part in parts]))
+
+
+@dataclass(frozen=True)
+class Join:
+    """How arrays of `shapes` become one, as `Weights.fused` makes it of tensors. Differentiable."""
+
+    shapes: tuple[Shape, ...]
+    axes: Axes
+    mesh: Mesh
+
+    def __call__(self, parts: Sequence[jax.Array]) -> jax.Array:
+        return _device_by_device(parts, parallel.shards(self.mesh, self.axes[0]))
+
+    @property
+    def sharding(self) -> Sharding:
+        """Where the whole lies."""
+        return parallel.sharding(self.mesh, self.axes, _fused_shape(self.shapes))
+
+    def parts(self, dtype) -> list[jax.ShapeDtypeStruct]:
+        return [jax.ShapeDtypeStruct(s, jnp.dtype(dtype), sharding=parallel.sharding(self.mesh, self.axes, s)) for s in self.shapes]
+
+
+class Given:
+    """Arrays that are there already, under our names, nothing fused. `compiled`, if given, has an executable for each way to join them.
+
+    Traced arrays are arrays too: so the decoder becomes a function of its parameters, and is differentiated by them.
+    """
+
+    def __init__(self, params: Params, mesh: Mesh, compiled: Mapping[Join, Callable] | None = None):
+        self.params, self.mesh, self._compiled = params, mesh, compiled
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.params
+
+    def shape(self, name: str) -> Shape:
+        return self.params[name].shape
+
+    def __call__(self, name: str, shape: Shape, axes: Axes) -> jax.Array:
+        if name not in self.params or self.params[name].shape != shape:
+            have = self.params[name].shape if name in self.params else "absent"
+            raise ValueError(f"{name!r} is {have} among the parameters, but the model asks for {shape}")
+        return self.params[name]
+
+    def fused(self, names: Sequence[str], shapes: Sequence[Shape], axes: Axes) -> jax.Array:
+        parts = [self(name, shape, axes) for name, shape in zip(names, shapes, strict=True)]
+        if len(parts) == 1:
+            return parts[0]
+        how = Join(tuple(shapes), axes, self.mesh)
+        return (how if self._compiled is None else self._compiled[how])(parts)
+
+
+class Once(Given):
+    """Given arrays that are let go as they are asked for, so that a fused copy and all its parts are never there together."""
+
+    def __init__(self, params: dict[str, jax.Array], mesh: Mesh, compiled: Mapping[Join, Callable]):
+        super().__init__(params, mesh, compiled)
+        self._left = params
+
+    def __call__(self, name: str, shape: Shape, axes: Axes) -> jax.Array:
+        array = super().__call__(name, shape, axes)
+        del self._left[name]
+        return array
 
 
 @contextlib.contextmanager

@@ -1,18 +1,23 @@
-"""The `jaxllm` command: `serve` and `bench`, each importing what it needs only when it runs, so that help and mistakes answer at once."""
+"""The `jaxllm` command: `serve`, `convert` and `bench`, each importing what it needs only when it runs.
+
+So help and mistakes answer at once.
+"""
 
 import importlib
 import importlib.util
 import logging
+import os
 import runpy
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from jaxllm import __version__
 from jaxllm.config import EngineConfig
-from jaxllm.request import JaxllmError
+from jaxllm.request import ConfigError, JaxllmError
 from serving import options, run
 
 if TYPE_CHECKING:
@@ -32,6 +37,7 @@ USAGE = """jaxllm serves language models over OpenAI's HTTP API.
 
 usage:
   jaxllm serve [MODEL] [options]    serve a model; jaxllm serve --help lists the options
+  jaxllm convert MODEL FOLDER       write a model in the form that starts sharded; jaxllm convert --help
   jaxllm bench NAME [options]       measure; jaxllm bench --help lists what there is
   jaxllm --version                  print the version
 """
@@ -46,6 +52,8 @@ def main(argv: Sequence[str] | None = None, *, make_engine: "Callable[[EngineCon
         print(f"jaxllm {__version__}")
     elif command == "serve":
         return serve(rest, make_engine or _make_engine)
+    elif command == "convert":
+        return convert(rest)
     elif command == "bench":
         return bench(rest)
     else:
@@ -69,6 +77,28 @@ def bench(argv: Sequence[str]) -> int:
         return _complain(f"there is no bench {name!r} here: there is {', '.join(BENCHES)}", 2)
     sys.argv = [f"jaxllm bench {name}", *rest]
     runpy.run_module(f"bench.{name}", run_name="__main__", alter_sys=False)
+    return 0
+
+
+def convert(argv: Sequence[str]) -> int:
+    """Writes a model in our own form. Returns 0, or 1 with a sentence if it could not."""
+    args = options.convert_parser().parse(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # Orbax starts JAX, which would take the GPUs' memory
+    from converters import orbax
+    from jaxllm.plan import choose_dtype
+    from jaxllm.source import as_config_error, open_model
+
+    start = time.perf_counter()
+    names = ("model", "dtype", "load_format", "revision", "download_dir")
+    try:
+        if args.load_format == "dummy":
+            raise ConfigError("there is nothing to convert in dummy weights; leave out --load-format dummy")
+        with as_config_error():
+            _, checkpoint = open_model(EngineConfig(**{name: getattr(args, name) for name in names}))
+            orbax.convert(checkpoint, Path(args.folder), choose_dtype(args.dtype, checkpoint.dtype))
+    except JaxllmError as error:
+        return _complain(error, 1)
+    print(f"{args.folder} written in {time.perf_counter() - start:.1f} s; serve it with: jaxllm serve {args.folder}")
     return 0
 
 

@@ -212,6 +212,20 @@ def server_parser() -> Parser:
     return parser
 
 
+def convert_parser() -> Parser:
+    """`jaxllm convert`: MODEL, FOLDER, and the flags that say how MODEL is found and read."""
+    parser = Parser(
+        prog="jaxllm convert",
+        description="Write a model in jaxllm's own form (Orbax), which starts sharded straight to the devices and keeps the tokenizer.",
+    )
+    parser.add_argument("model", metavar="MODEL", help="Model folder or Hub id.")
+    parser.add_argument("folder", metavar="FOLDER", help="The new folder; jaxllm serve FOLDER serves it.")
+    names = ("dtype", "load_format", "revision", "download_dir")
+    flags = [flag for group in ENGINE.values() for flag in group if flag.name in names]
+    add_flags(parser, {"Options": flags}, EngineConfig)
+    return parser
+
+
 def read(argv: Sequence[str]) -> tuple[EngineConfig, ServerOptions]:
     """The two option sets that `argv` asks for. Exits with a sentence, as argparse does, for what it refuses."""
     parser = server_parser()

@@ -1,9 +1,11 @@
 """Small real engines: a golden checkpoint's decoder behind a Runner and Core, and the naive loop they must agree with."""
 
+import contextlib
 import dataclasses
 from functools import cache
 
 import jax
+import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,6 +21,7 @@ from jaxllm.runner import Runner
 LONGEST = 48
 BUCKETS = tuple(sorted({Bucket(0, 1), Bucket(0, 4), Bucket(4, 4), Bucket(16, 4)}))
 EOS = frozenset({3})
+COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 def make_plan(**changes) -> Plan:
@@ -37,9 +40,13 @@ def make_plan(**changes) -> Plan:
     return dataclasses.replace(plan, **changes)
 
 
-@cache
 def runner(name: str, devices: int = 1, kv_dtype: str | None = None) -> Runner:
     """Compiled once a process; the pages it writes outlive a Core, as no Core trusts a page it did not fill itself."""
+    return _runner(name, devices, kv_dtype)
+
+
+@cache  # which tells an argument that is given from the same one left out
+def _runner(name: str, devices: int, kv_dtype: str | None) -> Runner:
     plan = make_plan(tensor_parallel_size=devices, kv_dtype=kv_dtype)
     model = decoder(name, devices)
     mesh = make_mesh(jax.devices()[:devices])
@@ -53,6 +60,21 @@ def core(name: str, devices: int = 1, tokenizer=None, kv_dtype: str | None = Non
     """A fresh scheduler over the shared runner. `changes` may use fewer pages or buckets than were compiled, never others."""
     made = runner(name, devices, kv_dtype)
     return Core(made, make_plan(kv_dtype=kv_dtype, **changes), made.model.vocab_size, EOS, tokenizer, seed=0)
+
+
+@contextlib.contextmanager
+def counted_compilations():
+    seen: list[str] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == COMPILED:
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seen
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 class Gather:

@@ -10,8 +10,9 @@ from engines import make_plan
 from fake_runner import FakeRunner
 from test_bench_offline import FakeLLM
 
-from bench import compare, latency, offline, profile, record, startup, throughput, workloads
+from bench import checkpoints, compare, latency, offline, profile, record, startup, throughput, workloads
 from bench.profile import Span
+from converters.checkpoint import open_checkpoint
 
 # ---------------------------------------------------------------------- latency, throughput
 
@@ -113,6 +114,18 @@ def test_starts_are_told_by_phase_and_kept_by_median(monkeypatch, tmp_path, caps
     [path] = tmp_path.glob("startup-*.json")
     rows = {row["name"]: row for row in json.loads(path.read_text())["rows"]}
     assert (rows["start_cold_s"]["value"], rows["start_warm_s"]["value"], rows["start_warm_s"]["dtype"]) == (30.0, 6.0, "bfloat16")
+
+
+def test_a_shapes_checkpoint_is_written_once_in_either_format(monkeypatch, tmp_path):
+    small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
+    monkeypatch.setitem(workloads.SHAPES, "small", workloads.SHAPES["llama-3.1-8b"] | small)
+    with checkpoints.written("small", "orbax", tmp_path) as converted, checkpoints.written("small", "safetensors", tmp_path) as stored:
+        one, two = open_checkpoint(converted), open_checkpoint(stored)
+        assert (one.converted, two.converted, one.dtype, two.dtype) == (True, False, "bfloat16", "bfloat16")
+        assert {name: tensor.shape for name, tensor in one.tensors.items()} == {name: tensor.shape for name, tensor in two.tensors.items()}
+        before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    with checkpoints.written("small", "orbax", tmp_path):
+        assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
 
 
 def test_a_cold_start_of_a_known_model_stands_beside_vllms():

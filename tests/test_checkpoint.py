@@ -164,7 +164,7 @@ def test_a_file_cut_short_is_refused(folder):
 
 
 def test_load_formats(folder):
-    with pytest.raises(ValueError, match=r"load format 'gguf' is not supported; choose one of auto, safetensors, pt, dummy"):
+    with pytest.raises(ValueError, match=r"load format 'gguf' is not supported; choose one of auto, safetensors, pt, orbax, dummy"):
         open_checkpoint(folder, load_format="gguf")
     with pytest.raises(FileNotFoundError, match=r"has no weights \(pytorch_model\*.bin\)"):
         open_checkpoint(folder, load_format="pt")

@@ -5,33 +5,17 @@ import contextlib
 import random
 from typing import Any
 
-import jax.monitoring
+import jax
 import pytest
+from engines import counted_compilations
 
 from jaxllm import LLM, ConfigError, Engine, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams
-
-COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @pytest.fixture(scope="module")
 def llm():
     with LLM(dtype="float32", max_num_seqs=8, max_logprobs=5) as llm:
         yield llm
-
-
-@contextlib.contextmanager
-def counted_compilations():
-    seen: list[str] = []
-
-    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event == COMPILED:
-            seen.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield seen
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 EVERYTHING = [
