@@ -99,7 +99,8 @@ class Timed:
 
 
 def seconds(timed: Timed, repeats: int) -> float:
-    return timed.seconds(*(program.compile() for program in timed.lowered()), repeats)
+    few, many = (program.compile() for program in timed.lowered())
+    return timed.seconds(few, many, repeats)
 
 
 def attention(case: Case, implementation: str, rows: Rows | None = None) -> Timed:

@@ -6,7 +6,7 @@ is the context's business (`ctx.attend`): the engine's writes pages, DenseContex
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, ro
 from jaxllm.patch import Patching
 from pallas_kernels import Linears, Product, Stream
 
+GATES = ("silu", "gelu_tanh")  # activations that the compilers of the fused kernels know
 KV = Any  # one layer's cache, as its context understands it: a pair of page arrays, or None
 ATTENTION = "attention"  # probabilities [Q, N, N] float32, row n over the tokens it saw
 
@@ -25,19 +26,16 @@ ATTENTION = "attention"  # probabilities [Q, N, N] float32, row n over the token
 class Context(Protocol):
     """How a step's tokens see each other and the past. A pytree."""
 
-    # How the products of a step with few rows run; None: as plain products. Only if Decoder.products has any and no layer is visited.
-    linears: Linears | None
+    @property
+    def linears(self) -> Linears | None:
+        """How the products of a step with few rows run. None: as plain products, and so for a decoder that has no `products`, and
+        where a layer is visited."""
+        ...
 
     def attend(
         self, q_NQH: jax.Array, k_NKH: jax.Array, v_NKH: jax.Array, kv: KV, *, scale: float, window: int | None, softcap: float | None
     ) -> tuple[jax.Array, KV]:
         """Writes this step's keys and values, then attends: ([N, Q, H], the layer's cache)."""
-        ...
-
-    def attend_product(
-        self, qkv_PNF: jax.Array, attn: "Attention", kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, KV]:
-        """The same from what one product of `attn` left, parts to be summed, neither biased nor normed nor turned. Asked if `linears`."""
         ...
 
     def visits(self, layer: int, kv: KV) -> bool:
@@ -49,6 +47,16 @@ class Context(Protocol):
         ...
 
 
+class ProductContext(Context, Protocol):
+    """A context that has `linears`."""
+
+    def attend_product(
+        self, qkv_PNF: jax.Array, attn: "Attention", kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None
+    ) -> tuple[jax.Array, KV]:
+        """`attend` to what one product of `attn` left: parts to be summed, neither biased nor normed nor turned."""
+        ...
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseContext:
@@ -57,7 +65,7 @@ class DenseContext:
     A layer's cache may be a dict: what it names, of patch.SITES and ATTENTION, is kept there.
     """
 
-    linears: ClassVar[None] = None
+    linears = None
     patching: Patching | None = None
 
     def attend(self, q_NQH, k_NKH, v_NKH, kv, *, scale, window, softcap):
@@ -144,7 +152,7 @@ class Block(nnx.Module):
         mlp_ND, kv = visit("mlp_out", _apply(self.mlp_out, self.mlp(_apply(self.mlp_in, mlp_in_ND))), kv)
         return visit("resid_post", h_ND + mlp_ND, kv)
 
-    def fused(self, x: Stream, kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: Context) -> tuple[Stream, KV]:
+    def fused(self, x: Stream, kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: ProductContext) -> tuple[Stream, KV]:
         """The same of a usual block, through the fused kernels of `ctx.linears`."""
         run, attn, mlp = ctx.linears, self.attn, self.mlp
         assert run is not None and isinstance(mlp, MLP) and self.attn_in is not None and self.mlp_in is not None
@@ -156,9 +164,14 @@ class Block(nnx.Module):
         return run.add(x, hidden_NF, mlp.down.weight[...]), kv
 
     def products(self) -> list[Product] | None:
-        """The products of a usual block: RMS norms before and none behind, a gated MLP, no bias but that of q, k and v. None of others."""
+        """The products of a usual block: RMS norms before and none behind, an MLP with a smooth gate, no bias but that of q, k and v.
+
+        None of others.
+        """
         attn, mlp = self.attn, self.mlp
         if self.parallel or self.attn_out is not None or self.mlp_out is not None or not isinstance(mlp, MLP) or not mlp.gated:
+            return None
+        if mlp.act not in GATES:
             return None
         norms = (self.attn_in, self.mlp_in)
         if any(norm is None or norm.center or norm.bias is not None for norm in norms):
@@ -185,7 +198,7 @@ def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:
 def run_block(graphdef: nnx.GraphDef, state: nnx.State, x: Any, kv: KV, cos_sin, ctx: Context, visited: int | None) -> tuple[Any, KV]:
     """A jit within the step's jit: layers that differ only in their arrays are traced and lowered once, and called L times."""
     block = nnx.merge(graphdef, state)
-    return block(x, kv, cos_sin, ctx, visited) if ctx.linears is None else block.fused(x, kv, cos_sin, ctx)
+    return block(x, kv, cos_sin, ctx, visited) if ctx.linears is None else block.fused(x, kv, cos_sin, cast(ProductContext, ctx))
 
 
 class Decoder(nnx.Module):

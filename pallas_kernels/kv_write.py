@@ -1,4 +1,4 @@
-"""Writing new keys and values into their pages, in place: as they are (`write_kv`), or as one product of all heads left them (`turn_and_write`).
+"""Writing new keys and values into their pages, in place: as they are (`write_kv`), or as a product left them (`turn_and_write`).
 
 On a GPU one Pallas-Triton kernel does either, a program a token or a token's heads; elsewhere plain jax.numpy says what is meant.
 """
@@ -118,7 +118,8 @@ def turn_and_write(
         raise ValueError(f"k_pages {k_pages.dtype}{k_pages.shape} and v_pages {v_pages.dtype}{v_pages.shape} differ")
     wanted = (slot_N.shape[0], (heads + 2 * kv_heads) * head_dim)
     if qkv_PNF.shape[1:] != wanted:
-        raise ValueError(f"the parts of q, k and v must be {wanted} for slots {slot_N.shape}, {heads} query heads, pages {k_pages.shape}; got {qkv_PNF.shape[1:]}")
+        given = f"slots {slot_N.shape}, {heads} query heads, pages {k_pages.shape}"
+        raise ValueError(f"the parts of q, k and v must be {wanted} for {given}; got {qkv_PNF.shape[1:]}")
     pairs = 0 if cos_sin is None else cos_sin[0].shape[-1]
     if 2 * pairs > head_dim:
         raise ValueError(f"cos_sin turns {2 * pairs} features, a head has {head_dim}")

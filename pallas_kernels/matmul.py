@@ -96,19 +96,19 @@ class FewRows:
         return Stream(h_ND), normed_ND
 
     def product(self, normed: Any, weight_FD: Array) -> Array:
-        return self._linear(normed, weight_FD, None)
+        return self._linear(normed, weight_FD)
 
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
         return self._linear(normed, weight_FD, act)[0]
 
     def add(self, stream: Stream, x_NF: Array, weight_DF: Array) -> Stream:
         assert stream.parts_PND is None, "a norm comes between two sums"
-        return Stream(stream.h_ND, self._linear(x_NF, weight_DF, None))
+        return Stream(stream.h_ND, self._linear(x_NF, weight_DF))
 
     def finish(self, stream: Stream, norm: Norm) -> Array:
         return self.norm(stream, norm)[1]
 
-    def _linear(self, x_ND, weight_FD, act):
+    def _linear(self, x_ND: Array, weight_FD: Array, act: Callable[[Array], Array] | None = None) -> Array:
         tile = few_rows_tile(self.kind, len(x_ND), _product(weight_FD, act is not None))
         assert tile is not None, "linears_for has asked"
         return matmul_sm90.linear(x_ND, weight_FD, tile=tile, act=act, interpret=self.interpret)
@@ -128,7 +128,8 @@ def linears_for(device: Any, rows: int, dtype: Any, products: Sequence[Product])
     if rows == 1 and float(capability) >= 8:
         return OneRow()
     tiles = partial(few_rows_tile, device.device_kind, rows)
-    if capability != "9.0" or rows not in matmul_sm90.ROWS or rows >= 256 and max(p.inputs * p.features for p in products) > WIDE:
+    arithmetic = rows >= 256 and max(p.inputs * p.features for p in products) > WIDE
+    if capability != "9.0" or rows not in matmul_sm90.ROWS or arithmetic:
         return None
     return FewRows(device.device_kind) if all(tiles(product) is not None for product in products) else None
 

@@ -15,7 +15,7 @@ from jax.experimental.pallas import triton as plt
 def join(
     h_ND: Array, parts_PND: Array | None, norm_D: Array, *, eps: float, offset: float = 0.0, interpret: bool = False
 ) -> tuple[Array, Array]:
-    """(h + the sum of the parts, that over its root mean square times (norm + offset)), both of h's dtype; the norm is of the rounded sum."""
+    """(h + the sum of the parts, that over its root mean square times (norm + offset)), both of h's dtype; normed is the rounded sum."""
     rows, size = h_ND.shape
     out = [jax.ShapeDtypeStruct(h_ND.shape, h_ND.dtype)] * (1 if parts_PND is None else 2)
     made = pl.pallas_call(

@@ -42,7 +42,6 @@ def linear(
     tile: Tile,
     act: Callable[[Array], Array] | None = None,
     interpret: bool = False,
-    name: str = "linear",
 ) -> Array:
     """[P, N, F], to be summed over P; float32 if P is not 1. With `act`, [1, N, F / 2]: the second half gated by the first."""
     rows, inputs = x_ND.shape
@@ -60,10 +59,8 @@ def linear(
         if tile.cluster > 1
         else plgpu.Barrier(num_barriers=depth, num_arrivals=groups)
     )
-    body = partial(_kernel, options)
-    body.__name__ = name  # pyright: ignore[reportAttributeAccessIssue]
     return plgpu.kernel(
-        body,
+        partial(_kernel, options),
         out_type=jax.ShapeDtypeStruct((tile.parts, rows, features), dtype),
         scratch_types=dict(
             x_s=plgpu.SMEM((depth, padded, tile.inputs), x_ND.dtype, transforms=TILED),

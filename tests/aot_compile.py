@@ -94,15 +94,17 @@ class AbstractWeights:
         return Shape((sum(shape[0] for shape in shapes), *shapes[0][1:]), jnp.bfloat16)
 
 
-def step(target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True) -> dict[str, Any]:
-    """A whole step, as the engine runs it: two layers of Qwen2.5-0.5B's shape, 64 rows."""
+def step(
+    target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True, rows: int = 64
+) -> dict[str, Any]:
+    """A whole step, as the engine runs it: two layers of Qwen2.5-0.5B's shape."""
     model = read_config(SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": 2, "vocab_size": 1024})
     here = Mesh(np.array(jax.devices()[:1]), ("tp",))
     weights: Any = AbstractWeights(tensor_shapes(model), here)
     decoder = Decoder(weights, model)
     graph, state = nnx.split(decoder)
     leaves, tree = jax.tree.flatten(state)
-    bucket = Bucket(chunk, 64)
+    bucket = Bucket(chunk, rows)
     plan = Plan("bfloat16", 1024, 64, 2048, 64, (bucket,), Bucket(256, 1, True), False, 20, 1, kv_dtype=kv_dtype)
     cache = cache_shapes(plan, model, here)
     ints = partial(Shape, dtype=jnp.int32)
@@ -142,6 +144,8 @@ def job(target: Target, name: str) -> dict[str, Any]:
             return spill(target)
         if kind == "kept":
             return step(target, rest, donate=False)
+        if kind == "row":
+            return step(target, rest, rows=1)
         if kind == "step":
             implementation, kv_dtype, chunk = (*rest.split(":"), "", "")[:3]
             return step(target, implementation, kv_dtype or None, int(chunk or 0))

@@ -17,19 +17,20 @@ import pytest
 HERE = Path(__file__).parent
 WHEELS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-runtime")
 JOBS = {
-    "a100": ["portable:mixed", "portable:head_dim_256", "portable:fp8_page_16", "step:portable"],
+    "a100": ["portable:mixed", "portable:head_dim_256", "portable:fp8_page_16", "step:portable", "row:portable"],
     "l4": ["portable:mixed", "portable:head_dim_256", "portable:fp8"],
     "h200": [
         *("sm90:prefill", "sm90:mixed", "portable:sinks", "portable:fp8", "portable:decode_page_16", "portable:head_dim_8"),
         *("sm90:prefill_group_1", "sm90:prefill_group_3"),
-        *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "kept:portable", "spill"),
+        *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "kept:portable", "spill"),
     ],
     "b200": ["portable:mixed"],
 }
 KERNELS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job.startswith(("portable", "sm90"))]
 # Bytes: what the prefill keeps of its tile's numbers, and of the next one's, outside its loops.
 SPILLED = {"sm90:mixed": 16, "sm90:prefill_group_1": 84, "sm90:prefill_group_3": 16}
-STEPS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job.startswith("step")]
+STEPS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job.startswith(("step", "row"))]
+LAYER = {("a100", "row:portable"): 7, ("h200", "row:portable"): 7, ("h200", "step:sm90"): 9}  # kernels
 
 
 def missing() -> list[str]:
@@ -100,3 +101,11 @@ def test_a_step_is_one_cuda_graph(target, job):
     outside = [line for line in thunks if line and not line.startswith(" ")]
     assert len(outside) == 1 and "kCommandBuffer" in outside[0], outside
     assert sum("decode" in line for line in thunks) >= 2
+
+
+@pytest.mark.parametrize(("target", "job"), LAYER)
+def test_a_decode_layer_is_few_kernels(target, job):
+    """From one layer's attention to the next one's, counted between their combine kernels."""
+    thunks = [line for line in result(target, job)["thunks"].splitlines() if "kCustomKernel" in line or "kCustomCall" in line]
+    first, second = (place for place, line in enumerate(thunks) if "decode_combine" in line)
+    assert second - first == LAYER[target, job]

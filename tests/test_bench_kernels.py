@@ -117,7 +117,9 @@ def test_the_committed_tables_are_whole():
                     blocks.blocks(
                         row["op"],
                         found["device"],
-                        blocks.Shape(*(row[k] for k in ("head_dim", "group", "page_size", "dtype", "rows")), row.get("length", 4096)),
+                        blocks.Shape(
+                            **{k: row[k] for k in ("head_dim", "group", "page_size", "dtype", "rows")}, length=row.get("length", 4096)
+                        ),
                     ),
                     blocks.KINDS[row["op"]],
                 )
