@@ -5,6 +5,7 @@ Each maker takes a Random and gives messages. What a held-out check asks is kept
 
 import json
 import zlib
+from collections.abc import Sequence
 from random import Random
 
 import words
@@ -29,19 +30,25 @@ LISTS = {
 }
 OPPOSITES = """hot cold|big small|up down|happy sad|fast slow|day night|old young|tall short|wet dry|open closed|full empty|light dark
 hard soft|loud quiet|near far|early late|clean dirty|strong weak|rich poor|left right|long short|good bad|first last|heavy light
-high low|in out|on off|push pull|win lose|begin end|sweet sour|thick thin|true false|wide narrow|brave afraid""".replace("\n", "|").split("|")
+high low|in out|on off|push pull|win lose|begin end|sweet sour|thick thin|true false|wide narrow|brave afraid""".replace("\n", "|").split(
+    "|"
+)
 SOUNDS = """cow moo|dog woof|cat meow|duck quack|sheep baa|pig oink|horse neigh|lion roar|bee buzz|frog ribbit|mouse squeak|owl hoot
 rooster cock-a-doodle-doo|snake hiss|crow caw|wolf howl|donkey hee-haw|hen cluck""".replace("\n", "|").split("|")
 YOUNG = """dog puppy|cat kitten|cow calf|horse foal|sheep lamb|duck duckling|pig piglet|hen chick|lion cub|goat kid|frog tadpole|bear cub
 deer fawn|kangaroo joey|goose gosling|swan cygnet""".replace("\n", "|").split("|")
 PLURALS = """dog dogs|cat cats|box boxes|mouse mice|child children|foot feet|tooth teeth|leaf leaves|baby babies|bus buses|sheep sheep|fish fish
-man men|woman women|goose geese|city cities|knife knives|story stories|fox foxes|potato potatoes|book books|tree trees""".replace("\n", "|").split("|")
+man men|woman women|goose geese|city cities|knife knives|story stories|fox foxes|potato potatoes|book books|tree trees""".replace(
+    "\n", "|"
+).split("|")
 PAST = """go went|see saw|eat ate|run ran|sing sang|swim swam|take took|give gave|come came|write wrote|fly flew|find found|make made
 buy bought|think thought|sleep slept|walk walked|play played|jump jumped|drink drank|fall fell|know knew""".replace("\n", "|").split("|")
 CAPITALS = """France Paris|Germany Berlin|Italy Rome|Spain Madrid|England London|Japan Tokyo|China Beijing|Russia Moscow|Egypt Cairo|Greece Athens
 Portugal Lisbon|Austria Vienna|Poland Warsaw|Sweden Stockholm|Norway Oslo|Denmark Copenhagen|Finland Helsinki|Ireland Dublin|Canada Ottawa
 Kenya Nairobi|Peru Lima|Cuba Havana|Turkey Ankara|Hungary Budapest|Belgium Brussels|Switzerland Bern|Australia Canberra|Brazil Brasilia
-Argentina Buenos Aires|India New Delhi|Mexico Mexico City|Chile Santiago|Iceland Reykjavik|Thailand Bangkok|Korea Seoul""".replace("\n", "|").split("|")
+Argentina Buenos Aires|India New Delhi|Mexico Mexico City|Chile Santiago|Iceland Reykjavik|Thailand Bangkok|Korea Seoul""".replace(
+    "\n", "|"
+).split("|")
 FACTS = """What color is the sky?=The sky is blue.|What color is grass?=Grass is green.|What color is snow?=Snow is white.
 What color is a banana?=A banana is yellow.|What color is a tomato?=A tomato is red.|How many legs does a dog have?=A dog has four legs.
 How many legs does a spider have?=A spider has eight legs.|How many legs does a bird have?=A bird has two legs.
@@ -63,7 +70,9 @@ What is the first letter of the alphabet?=The first letter of the alphabet is A.
 How many letters are in the alphabet?=There are 26 letters in the English alphabet.|What do caterpillars become?=Caterpillars become butterflies.
 What is a library?=A library is a place where you can read and borrow books.|What does a baker do?=A baker makes bread and cakes.
 What does a farmer do?=A farmer grows plants and keeps animals.|What does a doctor do?=A doctor helps people who are sick.
-What does a teacher do?=A teacher helps people learn.|What is a rainbow?=A rainbow is a bow of colors in the sky. You can see it when the sun shines through rain.""".replace("\n", "|").split("|")
+What does a teacher do?=A teacher helps people learn.|What is a rainbow?=A rainbow is a bow of colors in the sky. You can see it when the sun shines through rain.""".replace(
+    "\n", "|"
+).split("|")
 HELLOS = "Hi|Hello|Hey|Hi there|Hello there|Good morning|Good evening|Good afternoon|hi|hello|hey|Hi!|Hello!|Hey!".split("|")
 WELCOMES = """Hello! How can I help you?|Hi there! What can I do for you?|Hello! It is nice to meet you.|Hi! Would you like to hear a story?
 Hello! What would you like to talk about?""".replace("\n", "|").split("|")
@@ -156,7 +165,7 @@ def days(random: Random) -> Messages:
     return random.choice(options)
 
 
-def listed(items: list[str]) -> str:
+def listed(items: Sequence[str]) -> str:
     return ", ".join(items[:-1]) + ", and " + items[-1] if len(items) > 2 else " and ".join(items)
 
 
@@ -258,7 +267,9 @@ def _counts(random: Random):
 
 def _taller(random: Random):
     a, b, c = random.sample(NAMES, 3)
-    more, most, least = random.choice([("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest")])
+    more, most, least = random.choice(
+        [("taller", "tallest", "shortest"), ("older", "oldest", "youngest"), ("faster", "fastest", "slowest")]
+    )
     facts = [f"{a} is {more} than {b}.", f"{b} is {more} than {c}."]
     random.shuffle(facts)
     return facts, *random.choice([(f"Who is the {most}?", f"{a} is the {most}."), (f"Who is the {least}?", f"{c} is the {least}.")])
@@ -309,7 +320,9 @@ def as_json(random: Random) -> Messages:
         said = listed([f"{n} {k}" for k, n in items.items()])
         return chat(f"Write this shopping list as a JSON object with amounts: {said}.", json.dumps(items))
     keys = random.sample(["name", "age", "city", "pet", "color"], random.randint(2, 4))
-    user = random.choice(["Write a JSON object about a person with {}.", "Give me an example JSON object with the keys {}.", "JSON with {}, please."])
+    user = random.choice(
+        ["Write a JSON object about a person with {}.", "Give me an example JSON object with the keys {}.", "JSON with {}, please."]
+    )
     return chat(user.format(listed(keys)), json.dumps({k: fields[k][0] for k in keys}))
 
 

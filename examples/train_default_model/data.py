@@ -88,9 +88,11 @@ def tiny_asked(folder: Path, held: bool) -> Iterator[Pieces]:
             yield conversation(chores.chat(_request(text, seen_in, random), text))
 
 
-_NOT_NOUNS = set("""little big small best new same other first next day time one very old good great bad happy sad lot way end rest long whole
+_NOT_NOUNS = set(
+    """little big small best new same other first next day time one very old good great bad happy sad lot way end rest long whole
 way two three few most more many mom dad more red blue green kind nice special young loud soft own story moral friend friends people idea
-morning night house home family fun""".split())
+morning night house home family fun""".split()
+)
 
 
 def _nouns(text: str) -> list[str]:
@@ -148,7 +150,10 @@ def respelled(messages: list[dict], offered: list[dict], random: Random) -> tupl
     def function(f: dict) -> dict:
         shown = list(f["parameters"]["properties"].items())
         random.shuffle(shown)
-        parameters = f["parameters"] | {"properties": {key(k): v for k, v in shown}, "required": [key(k) for k in f["parameters"]["required"]]}
+        parameters = f["parameters"] | {
+            "properties": {key(k): v for k, v in shown},
+            "required": [key(k) for k in f["parameters"]["required"]],
+        }
         return f | {"name": name(f["name"]), "parameters": parameters}
 
     def message(m: dict) -> dict:

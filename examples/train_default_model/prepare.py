@@ -24,7 +24,17 @@ BITS = {0: 0, TEXT: PRETRAIN, ANSWER: PRETRAIN | CHAT}
 # Words with the space before them, digits one by one (arithmetic is done on digits), runs of signs, line ends.
 SPLIT = r"""'(?:s|t|re|ve|m|ll|d)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"""
 # Characters of each source that the tokenizer learns from: what is served most is spelled shortest.
-TOKENIZER_SHARE = {"tiny": 4e6, "picture_books": 1e6, "books": 4e6, "wiki": 3e6, "stories_asked": 3e6, "chores": 1e6, "tools": 2e6, "sgd": 5e6, "topical": 1e6}
+TOKENIZER_SHARE = {
+    "tiny": 4e6,
+    "picture_books": 1e6,
+    "books": 4e6,
+    "wiki": 3e6,
+    "stories_asked": 3e6,
+    "chores": 1e6,
+    "tools": 2e6,
+    "sgd": 5e6,
+    "topical": 1e6,
+}
 
 
 def train_tokenizer(data: Path) -> Tokenizer:
@@ -32,9 +42,14 @@ def train_tokenizer(data: Path) -> Tokenizer:
     split = pre_tokenizers.Split(Regex(SPLIT), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    tokens = [AddedToken(t, special=True, normalized=False) for t in SPECIAL] + [AddedToken(t, special=False, normalized=False) for t in MARKS]
+    tokens = [AddedToken(t, special=True, normalized=False) for t in SPECIAL] + [
+        AddedToken(t, special=False, normalized=False) for t in MARKS
+    ]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB - len(MARKS), special_tokens=tokens[: len(SPECIAL)], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=VOCAB - len(MARKS),
+        special_tokens=tokens[: len(SPECIAL)],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     texts = itertools.chain.from_iterable(_beginning(data, name, int(size)) for name, size in TOKENIZER_SHARE.items())
     tokenizer.train_from_iterator(texts, trainer)
@@ -43,6 +58,12 @@ def train_tokenizer(data: Path) -> Tokenizer:
         single=f"{END_OF_TEXT} $A", pair=f"{END_OF_TEXT} $A $B", special_tokens=[(END_OF_TEXT, tokenizer.token_to_id(END_OF_TEXT))]
     )
     return tokenizer
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 def _beginning(data: Path, name: str, size: int) -> Iterator[str]:
@@ -97,7 +118,7 @@ def whole(documents: Iterable[np.ndarray], pad: int, open_rows: int = 64) -> np.
 
 def prepare_source(name: str, data: Path, out: Path) -> str:
     tokenizer = Tokenizer.from_file(str(out / "tokenizer.json"))
-    source, pad = SOURCES[name], tokenizer.token_to_id("<|pad|>")
+    source, pad = SOURCES[name], token_id(tokenizer, "<|pad|>")
     said = [name]
     for held, folder in ((False, "train"), (True, "held_out")):
         documents = encode(tokenizer, source.make(data, held))

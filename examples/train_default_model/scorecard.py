@@ -41,9 +41,9 @@ def loss_of(llm: LLM, prepared: Path, documents: int) -> dict[str, tuple[float, 
         for row, answer in zip(rows, answers, strict=True):
             assert answer.prompt_logprobs is not None
             for i in np.flatnonzero(row[1:2047] >= CHAT) + 1:
-                at = answer.prompt_logprobs[i]
+                at = answer.prompt_logprobs[int(i)]
                 assert at is not None
-                nats -= at[int(row[i] & TOKEN)].logprob
+                nats -= at[0].logprob
                 count += 1
         found[path.stem] = (nats / max(count, 1), count)
     return found
@@ -56,30 +56,37 @@ def fits(value: Any, schema: dict) -> bool:
     return right and value in schema.get("enum", [value])
 
 
-def judge_call(text: str, tools: list[dict], expected: dict) -> dict[str, bool]:
-    """What of a due call is right: each is judged by itself, so that the shares add nothing up."""
-    found = CALL.search(text)
+def _fits_all(arguments: dict, schema: dict) -> bool:
+    known = schema["properties"]
+    return set(schema.get("required", [])) <= set(arguments) <= set(known) and all(fits(v, known[k]) for k, v in arguments.items())
+
+
+def _object(text: str) -> dict:
+    """The JSON object that `text` is, or an empty one."""
     try:
-        made = json.loads(found[1]) if found else None
+        value = json.loads(text)
     except json.JSONDecodeError:
-        made = None
-    parsed = isinstance(made, dict) and isinstance(made.get("arguments"), dict) and isinstance(made.get("name"), str)
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def judge_call(text: str, tools: list[dict], expected: dict) -> dict[str, bool]:
+    """How far a due call comes: from being one at all to being the one that was due."""
+    found = CALL.search(text)
+    made = _object(found[1]) if found else {}
+    name, arguments = made.get("name"), made.get("arguments")
+    parsed = isinstance(arguments, dict) and isinstance(name, str)
     given = {t["function"]["name"]: t["function"]["parameters"] for t in tools}
-    named = parsed and made["name"] in given
-    schema = given[made["name"]] if named else {}
-    valid = (
-        named
-        and set(schema.get("required", [])) <= set(made["arguments"]) <= set(schema["properties"])
-        and all(fits(v, schema["properties"][k]) for k, v in made["arguments"].items())
-    )
-    right = named and made["name"] == expected["name"]
+    named = parsed and name in given
+    valid = isinstance(arguments, dict) and named and _fits_all(arguments, given[str(name)])
+    right = named and name == expected["name"]
     return {
         "calls a tool": found is not None,
         "parses": parsed,
         "names a given tool": named,
         "fits its schema": valid,
         "names the right tool": right,
-        "exact match": right and made["arguments"] == json.loads(expected["arguments"]),
+        "exact match": right and arguments == json.loads(expected["arguments"]),
     }
 
 
@@ -159,7 +166,9 @@ def answers_to_prompts(llm: LLM) -> list[tuple[dict, str]]:
     assert llm.tokenizer is not None
     asked = json.loads((HERE / "prompts.json").read_text())
     prompts = [
-        llm.tokenizer.encode(p["text"]) if "text" in p else llm.tokenizer.chat([{"role": "user", "content": p["chat"]}], tools=p.get("tools"))
+        llm.tokenizer.encode(p["text"])
+        if "text" in p
+        else llm.tokenizer.chat([{"role": "user", "content": p["chat"]}], tools=p.get("tools"))
         for p in asked
     ]
     params = replace(llm.default_params(), max_tokens=400, seed=0)
@@ -195,7 +204,7 @@ def main() -> None:
     parser.add_argument("prepared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", default=None, help="a folder; the model that ships if left out")
-    parser.add_argument("--documents", type=int, default=16, help="held-out rows of each source")
+    parser.add_argument("--documents", type=int, default=8, help="held-out rows of each source")
     parser.add_argument("--dialogues", type=int, default=300)
     parser.add_argument("--questions", type=int, default=200)
     args = parser.parse_args()

@@ -120,9 +120,9 @@ def somebody(random: Random, kind: str | None = None, name: str | None = None, o
         if name:
             female = name in words.GIRLS
         given = name or random.choice(words.GIRLS if female else words.BOYS)
-        if chosen in words.NAMELESS and not name or (chosen not in ("girl", "boy") and not name and random.random() < 0.2):
+        if (chosen in words.NAMELESS and not name) or (chosen not in ("girl", "boy") and not name and random.random() < 0.2):
             given = None
-        if other and (given == other.name and given or (chosen == other.kind and (not given or not other.name))):
+        if other and ((given == other.name and given) or (chosen == other.kind and (not given or not other.name))):
             if kind and (not given or not other.name):
                 name = random.choice(words.GIRLS if female else words.BOYS)
             continue
@@ -311,7 +311,9 @@ Please tell me a story about {}.|Could you write a story about {}?|Make up a sto
 Do you know a story about {}?|Write me a little story about {}.|My child wants to hear a story about {}.|Give me a story about {}.
 tell me a story about {}|Write a simple story about {}.|Let's hear a story about {}.""".replace("\n", "|").split("|")
 ASKS_ANYTHING = """Tell me a story.|Write a story.|Can you tell me a story?|Please tell me a bedtime story.|I want a story!
-Tell me something nice.|Write a short story for children.|Tell me another story.|I can't sleep. Tell me a story.""".replace("\n", "|").split("|")
+Tell me something nice.|Write a short story for children.|Tell me another story.|I can't sleep. Tell me a story.""".replace(
+    "\n", "|"
+).split("|")
 
 
 def ask(story: Story, random: Random) -> str:

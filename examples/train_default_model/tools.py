@@ -12,8 +12,11 @@ import chores
 import stories
 import words
 
-CITIES = [pair.split(" ", 1)[1] for pair in chores.CAPITALS] + """New York|Chicago|Boston|Seattle|Toronto|Mumbai|Munich|Naples|Osaka|Lyon|Porto
+CITIES = (
+    [pair.split(" ", 1)[1] for pair in chores.CAPITALS]
+    + """New York|Chicago|Boston|Seattle|Toronto|Mumbai|Munich|Naples|Osaka|Lyon|Porto
 Leeds|Denver|Austin|San Jose|Oakland""".replace("\n", "|").split("|")
+)
 LANGUAGES = "French German Spanish Italian Japanese Chinese Dutch Swedish Polish Greek".split()
 SONGS = """Twinkle Twinkle Little Star|Yellow Moon|Summer Rain|Happy Day|Blue River|The Old Mill|Dancing Stars|Morning Light|Green Hills
 Silver Bells|Over the Bridge|Sleepy Town""".replace("\n", "|").split("|")

@@ -1,6 +1,6 @@
 """Trains a model on prepared rows: pretraining on everything, then a chat stage that learns the assistant's words alone.
 
-    python train.py PREPARED OUT --size default --pretrain 1000 --chat 700
+    python train.py PREPARED OUT --size default --pretrain 1500 --chat 1000
 
 Killed and started again with the same arguments it goes on from its last checkpoint and ends with the same parameters: what a step
 sees depends on the seed and the step's number only. OUT gets checkpoint.npz, log.jsonl and, at the end and at each checkpoint,
@@ -13,6 +13,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,40 +23,41 @@ import optax
 from model import SIZES, Params, Size, init, logits
 from optax.contrib import muon
 from prepare import CHAT, PRETRAIN, TOKEN
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-# Of how many rows in a hundred each source is, in the two stages. Real stories are few, so they come again often.
+# Of how many rows in a hundred each source is, in the two stages. Real stories are few: more of them would be
+# learned by heart.
 MIXTURES = {
     "pretrain": {
-        "tiny": 9,
-        "tiny_asked": 5,
-        "picture_books": 4,
+        "tiny": 3,
+        "tiny_asked": 2,
+        "picture_books": 2,
         "books": 12,
-        "wiki": 10,
-        "news": 2,
-        "stories": 9,
-        "stories_asked": 10,
-        "chores": 7,
-        "tools": 8,
-        "sgd": 16,
-        "taskmaster": 1,
+        "wiki": 9,
+        "news": 1.5,
+        "stories": 11,
+        "stories_asked": 14,
+        "chores": 9,
+        "tools": 10,
+        "sgd": 20,
+        "taskmaster": 0.7,
         "topical": 3,
-        "gsm8k": 1.5,
+        "gsm8k": 2,
         "fairytales": 2.5,
     },
     "chat": {
-        "tiny": 3,
-        "tiny_asked": 12,
-        "picture_books": 1.5,
-        "stories": 2,
-        "stories_asked": 19,
-        "chores": 14,
+        "tiny": 1,
+        "tiny_asked": 5,
+        "picture_books": 0.5,
+        "stories": 1,
+        "stories_asked": 23,
+        "chores": 17,
         "tools": 14,
-        "sgd": 27,
-        "taskmaster": 1,
-        "topical": 2,
+        "sgd": 32,
+        "taskmaster": 0.5,
+        "topical": 1.5,
         "gsm8k": 1.5,
-        "fairytales": 3,
+        "fairytales": 2.5,
     },
 }
 SHARD_BYTES = 15 * 2**20
@@ -93,10 +95,8 @@ def optimizer() -> optax.GradientTransformation:
     """Muon for matrices, Adam for embedding and norms, at learning rate 1: the step scales by what the schedule says."""
     clip = optax.clip_by_global_norm(1.0)
 
-    def matrices(params):
-        return {
-            name: optax.contrib.MuonDimensionNumbers((1,), (0,)) if p.ndim == 2 and "embed" not in name else None for name, p in params.items()
-        }
+    def matrices(params):  # out is the first axis; the embedding is a table and no map
+        return {n: optax.contrib.MuonDimensionNumbers((1,), (0,)) if n.endswith("_proj.weight") else None for n in params}
 
     return optax.chain(clip, muon(1.0, consistent_rms=0.2, weight_decay=0.05, adam_b2=0.98, muon_weight_dimension_numbers=matrices))
 
@@ -104,6 +104,7 @@ def optimizer() -> optax.GradientTransformation:
 @partial(jax.jit, static_argnames=("size", "attention"), donate_argnums=(0, 1))
 def train_step(params: Params, state, rows_BT: jax.Array, bit: jax.Array, rate: jax.Array, size: Size, attention: str):
     value, grads = jax.value_and_grad(loss)(params, rows_BT, bit, size, attention)
+    updates: Any
     updates, state = optimizer().update(grads, state, params)
     return {name: p + rate * updates[name] for name, p in params.items()}, state, value
 
@@ -120,9 +121,9 @@ def rate_at(step: int, pretrain: int, chat: int, peak: float, warmup: int = 100)
 
 def save(path: Path, step: int, trees) -> None:
     """Written beside and moved in place, so that a kill leaves the old checkpoint or the new one."""
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(trees)]
+    leaves: dict[str, Any] = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(trees))}
     with open(path.with_suffix(".part"), "wb") as file:
-        np.savez(file, step=step, **{f"leaf_{i}": leaf for i, leaf in enumerate(leaves)})
+        np.savez(file, step=step, **leaves)
     os.replace(path.with_suffix(".part"), path)
 
 
@@ -145,18 +146,25 @@ def export(folder: Path, params: Params, prefix: str) -> None:
         save_file(part, folder / f"{prefix}-{i:05d}-of-{len(parts):05d}.safetensors", metadata={"format": "pt"})
 
 
+def exported(folder: Path, prefix: str) -> Params:
+    """What `export` wrote, in float32 again."""
+    found = {name: p for path in sorted(folder.glob(f"{prefix}-*.safetensors")) for name, p in load_file(path).items()}
+    return {name: jnp.asarray(p, jnp.float32) for name, p in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prepared", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--size", choices=SIZES, default="default")
-    parser.add_argument("--pretrain", type=int, default=1000, help="steps of the first stage")
-    parser.add_argument("--chat", type=int, default=700, help="steps of the second")
+    parser.add_argument("--pretrain", type=int, default=1500, help="steps of the first stage")
+    parser.add_argument("--chat", type=int, default=1000, help="steps of the second")
     parser.add_argument("--rows", type=int, default=128, help="rows of 2,048 tokens in a step")
-    parser.add_argument("--rate", type=float, default=4e-3)
+    parser.add_argument("--rate", type=float, default=6e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-every", type=int, default=400)
+    parser.add_argument("--save-every", type=int, default=500)
     parser.add_argument("--stop-at", type=int, default=None, help="stop after this step, to be gone on with later")
+    parser.add_argument("--start", type=Path, default=None, help="begin from the weights exported there, with new moments")
     parser.add_argument("--carry", type=Path, default=None, help="another folder for the log and the exported weights")
     args = parser.parse_args()
     train(args)
@@ -168,16 +176,16 @@ def train(args: argparse.Namespace) -> Params:
     args.out.mkdir(parents=True, exist_ok=True)
     attention = "cudnn" if jax.default_backend() == "gpu" else "xla"
     rows, checkpoint = Rows(args.prepared / "train"), args.out / f"checkpoint-{args.size}.npz"
-    params = init(size, args.seed)
+    params = init(size, args.seed) if args.start is None else exported(args.start, args.size)
     state, first, total = optimizer().init(params), 0, args.pretrain + args.chat
     if checkpoint.exists():
         first, (params, state) = restore(checkpoint, (params, state))
-    log = open(carry / f"log-{args.size}.jsonl", "a")
 
     def note(**facts) -> None:
         line = json.dumps({k: round(v, 4) if isinstance(v, float) else v for k, v in facts.items()})
         print(line, flush=True)
-        print(line, file=log, flush=True)
+        with open(carry / f"log-{args.size}.jsonl", "a") as log:
+            print(line, file=log)
 
     def judge(step: int, stage: str) -> None:
         bit = jnp.uint16(PRETRAIN if stage == "pretrain" else CHAT)
@@ -204,7 +212,6 @@ def train(args: argparse.Namespace) -> Params:
         if done % args.save_every == 0 or done == total or done == args.stop_at:
             save(checkpoint, done, (params, state))
             export(carry, params, args.size)
-    log.close()
     return params
 
 
