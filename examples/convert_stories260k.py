@@ -1,4 +1,4 @@
-"""Converts llama2.c's stories260K, the model that ships with jaxllm, to a Hugging Face folder.
+"""Converts llama2.c's stories260K, which the tests keep as a golden, to a Hugging Face folder.
 
     python examples/convert_stories260k.py stories260K.bin tok512.bin FOLDER
 

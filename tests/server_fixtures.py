@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,16 +21,17 @@ from serving.app import build_app
 from serving.options import ServerOptions
 from serving.run import bind
 
+STORIES = str(Path(__file__).parent / "stories260k")
 ENGINES = ["fake"] + ["real"] * (importlib.util.find_spec("jaxllm.engine") is not None)
 
 
 def make_engine(kind: str) -> Any:
-    """`fake`, or `real`: the default model on the CPU with a context that is soon full."""
+    """`fake`, or `real`: stories260K on the CPU with a context that is soon full."""
     if kind == "fake":
         return FakeEngine()
     from jaxllm.engine import Engine
 
-    return Engine(EngineConfig(device="cpu", dtype="float32", max_model_len=256, max_num_seqs=8, enforce_eager=True))
+    return Engine(EngineConfig(STORIES, device="cpu", dtype="float32", max_model_len=256, max_num_seqs=8, enforce_eager=True))
 
 
 @dataclass

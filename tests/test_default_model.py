@@ -1,108 +1,82 @@
-"""The model that ships: its tokenizer splits text as llama2.c does, its folder gives llama2.c's text back, in numpy alone."""
+"""The models that ship: real Hugging Face checkpoints (logits and prompts as transformers has them), small, and good for something."""
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import scorecard
+import tiny
+from model import SIZES, logits
 from safetensors.numpy import load_file
 
-import jaxllm
-from converters.tokenizer import SPACE
-from jaxllm.request import SamplingParams
-from jaxllm.text import Detokenizer, Tokenizer
+from jaxllm import LLM, SamplingParams
+from jaxllm.source import default_model
+from jaxllm.text import Tokenizer
 
-FOLDER = Path(jaxllm.__file__).parent / "default_model"
-GOLDENS = Path(__file__).parent / "goldens"
-FIRST_LINE, STORY = (GOLDENS / "stories260k.txt").read_text().split("\n", 1)
-IDS = [int(i) for i in FIRST_LINE.split()]  # what llama2.c's weights say greedily after token 1, 200 positions
-STORY = STORY.removesuffix("\n")
-FIRST_MERGED = 259
+GOLDEN = np.load(Path(__file__).parent / "goldens_default_model.npz")  # by make_default_model_golden.py, under torch
+FOLDERS = {"default": default_model(), "draft": default_model().parent / "draft_model"}
+BYTES = {"default": 40e6, "draft": 5e6}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_it_is_small_and_its_files_agree(name):
+    folder = FOLDERS[name]
+    tokenizer, config = Tokenizer.load(folder), json.loads((folder / "config.json").read_text())
+    assert (folder / "model.safetensors").stat().st_size <= BYTES[name]
+    assert tokenizer.vocab_size == config["vocab_size"] == 4096 and config["head_dim"] == 64
+    assert {tokenizer.eos_token_id, tokenizer.bos_token_id} == set(config["eos_token_id"])
+    assert (folder / "tokenizer.json").read_bytes() == (FOLDERS["default"] / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_prompts_are_those_of_transformers(name):
+    tokenizer = Tokenizer.load(FOLDERS[name])
+    assert tokenizer.encode("Once upon a time, there was a dog who had a red kite.") == GOLDEN[f"{name}_ids"].tolist()
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "What is 2 + 3?"}]
+    assert tokenizer.chat(messages) == GOLDEN[f"{name}_chat"].tolist()
+
+
+@pytest.mark.parametrize("text", ["plain words", "naïve café 日本語 🙂", "a\n\n b\t c", "x" * 50, "<tool_call>"])
+def test_every_text_comes_back(text):
+    tokenizer = Tokenizer.load(default_model())
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_logits_are_those_of_transformers(name):
+    """The engine's decoder and the training network, both in float32, against torch's."""
+    ids = GOLDEN[f"{name}_ids"]
+    wanted = GOLDEN[f"{name}_logits"]
+    weights = {n: jnp.asarray(w, jnp.float32) for n, w in load_file(FOLDERS[name] / "model.safetensors").items()}
+    trained = np.asarray(logits(weights, jnp.asarray(ids)[None], SIZES[name]))[0, -3:]
+    np.testing.assert_allclose(trained, wanted, atol=1e-4 * np.abs(wanted).max())
+    found = tiny.run(tiny.decoder(str(FOLDERS[name])), ids)[-3:]
+    np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> Tokenizer:
-    return Tokenizer.load(FOLDER)
+def llm():
+    with LLM(dtype="float32", max_model_len=640, max_num_seqs=2, max_num_batched_tokens=128, enforce_eager=True) as llm:
+        yield llm
 
 
-def test_encoding_is_that_of_llama2_c(tokenizer):
-    """Goldens by llama2.c's loop over the pieces and scores of its own tok512.bin."""
-    for text, ids in json.loads((GOLDENS / "stories260k_encoding.json").read_text()).items():
-        assert tokenizer.encode(text) == ids
-        assert tokenizer.decode(ids) == text
+def test_it_tells_the_story_that_is_asked_for(llm):
+    [answer] = llm.chat(
+        [{"role": "user", "content": "Tell me a story about a dog and a kite."}], SamplingParams(temperature=0, max_tokens=400)
+    )
+    text, ended = answer.outputs[0].text, answer.outputs[0].finish_reason
+    assert ended == "stop" and "dog" in text and text.count("kite") > 1 and len(text.split()) > 80
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.lists(st.sampled_from([" ", "t", "h", "e", "a", "n", "d", " the", "\n", "é", "日", "l", "i", "y"]), min_size=1, max_size=30))
-def test_merges_go_best_first(tokenizer, parts):
-    """llama2.c's loop, on the shipped vocabulary: scores fall with the id, so the best piece is the one with the lowest."""
-    text = "".join(parts)
-    vocab = tokenizer._backend.get_vocab()
-    pieces = {i: piece for piece, i in vocab.items()}
-    ids = []
-    for character in SPACE + text.replace(" ", SPACE):
-        ids += [vocab[character]] if character in vocab else [vocab[f"<0x{byte:02X}>"] for byte in character.encode()]
-    while True:
-        pairs = [(vocab.get(pieces[a] + pieces[b], 0), at) for at, (a, b) in enumerate(pairwise(ids))]
-        best, at = min(((new, at) for new, at in pairs if new >= FIRST_MERGED), default=(0, 0))
-        if not best:
-            break
-        ids[at : at + 2] = [best]
-    assert tokenizer.encode(text, add_special_tokens=False) == ids
+def test_it_calls_the_tool_that_is_given(llm):
+    asked = json.loads((Path(scorecard.HERE) / "prompts.json").read_text())[-1]
+    [answer] = llm.chat([{"role": "user", "content": asked["chat"]}], SamplingParams(temperature=0, max_tokens=60), tools=asked["tools"])
+    due = {"name": "get_weather", "arguments": '{"city": "Paris"}'}
+    assert all(scorecard.judge_call(answer.outputs[0].text, asked["tools"], due).values()), answer.outputs[0].text
 
 
-def test_tokens(tokenizer):
-    assert (tokenizer.vocab_size, tokenizer.bos_token_id, tokenizer.eos_token_id) == (512, 1, 2)
-    assert tokenizer.decode([1, *IDS]) == STORY.removeprefix(" ")
-    answer = Detokenizer(tokenizer, [1, *IDS[:4]], SamplingParams())
-    assert answer.push(IDS[4:]) + answer.finish() == STORY.removeprefix(" Once upon a time")
-    assert tokenizer.encode("Once upon a time") == [1, *IDS[:4]]
-
-
-def test_chat_begins_a_story(tokenizer):
-    messages = [{"role": "user", "content": "A story"}, {"role": "user", "content": "Once upon a time"}]
-    assert tokenizer.chat(messages) == tokenizer.encode("A story\nOnce upon a time\n")
-
-
-def test_the_folder_tells_the_same_story():
-    config = json.loads((FOLDER / "config.json").read_text())
-    ends = json.loads((FOLDER / "generation_config.json").read_text())["eos_token_id"]
-    weights, cache, ids = load_file(FOLDER / "model.safetensors"), {}, [1]
-    while len(ids) <= len(IDS):
-        ids.append(int(np.argmax(logits(weights, config, ids[-1], len(ids) - 1, cache))))
-        if ids[-1] in ends:
-            break
-    assert ids[1:] == IDS
-
-
-def logits(weights: dict, config: dict, token: int, position: int, cache: dict) -> np.ndarray:
-    """One position of a Llama in plain numpy: Hugging Face's names and its half-split rope. `cache` grows by this position."""
-    heads, kv_heads, size = (config[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim"))
-
-    def norm(x, name):
-        return x / np.sqrt((x * x).mean() + config["rms_norm_eps"]) * weights[name]
-
-    def rotate(x):
-        angle = position / config["rope_parameters"]["rope_theta"] ** (np.arange(0, size, 2) / size)
-        a, b = np.split(x, 2, axis=-1)
-        return np.concatenate([a * np.cos(angle) - b * np.sin(angle), b * np.cos(angle) + a * np.sin(angle)], -1)
-
-    x = weights["model.embed_tokens.weight"][token]
-    for layer in range(config["num_hidden_layers"]):
-        at = f"model.layers.{layer}."
-        h = norm(x, at + "input_layernorm.weight")
-        q, k, v = (weights[f"{at}self_attn.{n}_proj.weight"] @ h for n in "qkv")
-        ks, vs = cache.setdefault(layer, ([], []))
-        ks.append(rotate(k.reshape(kv_heads, size)))
-        vs.append(v.reshape(kv_heads, size))
-        q = rotate(q.reshape(heads, size)).reshape(kv_heads, heads // kv_heads, size)
-        scores = np.exp(np.einsum("kgh,tkh->kgt", q, np.stack(ks)) / np.sqrt(size))
-        attended = np.einsum("kgt,tkh->kgh", scores / scores.sum(-1, keepdims=True), np.stack(vs))
-        x = x + weights[at + "self_attn.o_proj.weight"] @ attended.reshape(-1)
-        h = norm(x, at + "post_attention_layernorm.weight")
-        gate, up = weights[at + "mlp.gate_proj.weight"] @ h, weights[at + "mlp.up_proj.weight"] @ h
-        x = x + weights[at + "mlp.down_proj.weight"] @ (gate / (1 + np.exp(-gate)) * up)
-    return weights["model.embed_tokens.weight"] @ norm(x, "model.norm.weight")
+def test_it_says_who_it_is(llm):
+    [answer] = llm.chat([{"role": "user", "content": "Who are you?"}], SamplingParams(temperature=0, max_tokens=60))
+    assert "jaxllm" in answer.outputs[0].text

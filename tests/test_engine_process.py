@@ -13,13 +13,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from server_fixtures import serving, wait_until
+from server_fixtures import STORIES, serving, wait_until
 
 from jaxllm import LLM, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams
 from serving import wire
 from serving.remote_engine import RemoteEngine, StartFailed
 
-CONFIG = EngineConfig(device="cpu", dtype="float32", max_num_seqs=8, max_model_len=256, max_logprobs=5, enforce_eager=True)
+CONFIG = EngineConfig(STORIES, device="cpu", dtype="float32", max_num_seqs=8, max_model_len=256, max_logprobs=5, enforce_eager=True)
 PROMPTS = [(1, 403, 407, 261, 378), (1, 50, 60, 70), (1,)]
 PARAMS = [
     SamplingParams(temperature=0, max_tokens=30),
@@ -141,12 +141,12 @@ def test_two_processes_may_use_the_same_request_id(engine):
 
 def test_a_config_that_does_not_fit_says_so_once(capfd):
     with pytest.raises(StartFailed, match="ended with status 1"):
-        RemoteEngine(EngineConfig(device="cpu", max_model_len=100_000)).wait()
+        RemoteEngine(EngineConfig(STORIES, device="cpu", max_model_len=100_000)).wait()
     assert capfd.readouterr().err.count("--max-model-len 100000 is more than the 512 positions") == 1
 
 
 def test_an_engine_that_is_killed_fails_what_runs_and_health():
-    engine = RemoteEngine(EngineConfig(device="cpu", max_num_seqs=2, enforce_eager=True, max_num_batched_tokens=32)).wait()
+    engine = RemoteEngine(EngineConfig(STORIES, device="cpu", max_num_seqs=2, enforce_eager=True, max_num_batched_tokens=32)).wait()
     try:
         with serving(engine) as served:
             assert served.http.get("/health").status_code == 200

@@ -8,13 +8,14 @@ from typing import Any
 import jax
 import pytest
 from engines import counted_compilations
+from server_fixtures import STORIES
 
 from jaxllm import LLM, ConfigError, Engine, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams
 
 
 @pytest.fixture(scope="module")
 def llm():
-    with LLM(dtype="float32", max_num_seqs=8, max_logprobs=5) as llm:
+    with LLM(STORIES, dtype="float32", max_num_seqs=8, max_logprobs=5) as llm:
         yield llm
 
 
@@ -128,7 +129,7 @@ async def settled(engine) -> None:
 
 
 def test_a_failing_step_fails_what_runs_and_refuses_what_comes():
-    engine = Engine(EngineConfig(dtype="float32", max_num_seqs=1, enforce_eager=True, max_num_batched_tokens=32, max_model_len=64))
+    engine = Engine(EngineConfig(STORIES, dtype="float32", max_num_seqs=1, enforce_eager=True, max_num_batched_tokens=32, max_model_len=64))
     items = []
 
     def explode(step):
@@ -145,7 +146,7 @@ def test_a_failing_step_fails_what_runs_and_refuses_what_comes():
 
 
 def test_a_closed_engine_says_so():
-    engine = Engine(EngineConfig(dtype="float32", max_num_seqs=1, enforce_eager=True, max_num_batched_tokens=32, max_model_len=64))
+    engine = Engine(EngineConfig(STORIES, dtype="float32", max_num_seqs=1, enforce_eager=True, max_num_batched_tokens=32, max_model_len=64))
     engine.close()
     engine.close()
     with pytest.raises(EngineDeadError, match="it was closed"):
@@ -155,7 +156,7 @@ def test_a_closed_engine_says_so():
 def test_attention_may_be_named_and_is_refused_where_it_cannot():
     options: dict[str, Any] = dict(dtype="float32", max_num_seqs=1, enforce_eager=True, max_num_batched_tokens=32, max_model_len=64)
     with pytest.raises(ConfigError, match="--attention-backend sm90: attention 'sm90' cannot take"):
-        Engine(EngineConfig(attention_backend="sm90", **options))
-    with LLM(attention_backend="reference", **options) as named:
+        Engine(EngineConfig(STORIES, attention_backend="sm90", **options))
+    with LLM(STORIES, attention_backend="reference", **options) as named:
         (output,) = named.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
     assert output.outputs[0].text == ", there was a little"
