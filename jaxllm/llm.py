@@ -11,6 +11,7 @@ from tqdm import tqdm
 from jaxllm.config import EngineConfig
 from jaxllm.engine import Engine
 from jaxllm.request import Completion, Output, Request, RequestError, SamplingParams
+from jaxllm.vectors import cosine, shortened
 
 Prompt = str | Sequence[int]
 
@@ -67,6 +68,27 @@ class LLM:
             raise RequestError("chat needs a tokenizer, and this engine runs without one; name one with tokenizer=...")
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         return self.generate([self.tokenizer.chat(c, **template) for c in conversations], sampling_params, use_tqdm=use_tqdm)
+
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None, use_tqdm: bool = True) -> list[tuple[float, ...]]:
+        """A vector of length 1 for every prompt: the final hidden state of its last token.
+
+        dimensions: keep the first so many numbers, and make the length 1 again. Raises RequestError as `generate` does.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        requests = [replace(self._request(prompt, params), embed=True) for prompt in _as_list(prompts)]
+        for request in requests:
+            self.engine.check(request)
+        vectors = [output.embedding or () for output in self._run(requests, use_tqdm)]
+        return vectors if dimensions is None else [shortened(vector, dimensions) for vector in vectors]
+
+    def score(self, text_1: Prompt | Sequence[Prompt], text_2: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[float]:
+        """The cosine of each pair's embeddings: one text with each of several, or each with its partner."""
+        left, right = _as_list(text_1), _as_list(text_2)
+        if len(left) not in (1, len(right)):
+            raise RequestError(f"{len(left)} texts cannot be paired with {len(right)}: give as many, or one first text")
+        vectors = self.embed([*left, *right], use_tqdm=use_tqdm)
+        ones = vectors[:1] * len(right) if len(left) == 1 else vectors[: len(left)]
+        return [cosine(a, b) for a, b in zip(ones, vectors[len(left) :], strict=True)]
 
     def close(self) -> None:
         self.engine.close()

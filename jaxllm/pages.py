@@ -90,6 +90,13 @@ class PagePool:
             self._page_of[name] = page
             self._name_of[page] = name
 
+    def forget(self) -> None:
+        """No page can be found any more; what was cached is free."""
+        self._free += self._cached
+        self._cached.clear()
+        self._page_of.clear()
+        self._name_of.clear()
+
     def release(self, pages: Sequence[int]) -> None:
         """One holder fewer each. Last page first, so that a prefix outlives what grew from it."""
         for page in reversed(pages):
