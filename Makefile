@@ -21,7 +21,7 @@ endif
 comma := ,
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: serve test lint format clean
+.PHONY: serve test lint format docs fuzz soak clean
 
 serve: $(VENV)/.installed$(CUDA)
 	$(VENV)/bin/jaxllm serve $(MODEL) --port $(PORT) $(ARGS)
@@ -35,6 +35,15 @@ lint: $(VENV)/.installed-dev$(CUDA)
 format: $(VENV)/.installed-dev$(CUDA)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
+
+docs: $(VENV)/.installed-dev$(CUDA)
+	$(VENV)/bin/python tests/server_tables.py
+
+fuzz: $(VENV)/.installed-dev$(CUDA)
+	JAXLLM_FUZZ=5000 $(VENV)/bin/python -m pytest tests/test_server_schema.py $(ARGS)
+
+soak: $(VENV)/.installed-dev$(CUDA)
+	$(VENV)/bin/python tests/soak.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -49,14 +49,15 @@ def pack(step: Step, plan: Plan) -> np.ndarray:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step found out, on the host. `logprobs` is there if a row asked for them, `prompt` after a scored step.
+    """What one step found out, on the host. `logprobs` and `hidden` are there if a row asked for them, `prompt` after a scored step.
 
-    logprobs: chosen [M], rank [M], values [M, C], ids [M, C]; prompt: the same for the chunk lanes [T].
+    logprobs: chosen [M], rank [M], values [M, C], ids [M, C]; prompt: the same for the chunk lanes [T]; hidden [M, D] in float32.
     """
 
     tokens: list[int]
     logprobs: tuple[np.ndarray, ...] | None = None
     prompt: tuple[np.ndarray, ...] | None = None
+    hidden: np.ndarray | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,7 @@ ATTENTION_BACKENDS = ("auto", "portable", "sm90", "reference")
 DTYPES = ("auto", "half", "float16", "bfloat16", "float", "float32")
 KV_CACHE_DTYPES = ("auto", "fp8")
 LOAD_FORMATS = ("auto", "safetensors", "pt", "orbax", "dummy")
+SCHEDULING_POLICIES = ("fcfs", "priority")
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class EngineConfig:
     block_size: tokens in a page of the KV cache.
     max_num_batched_tokens: prompt tokens in a step. None: thousands while nobody waits for tokens one by one, else some 60 ms of them.
     attention_backend: which of pallas_kernels' implementations attends; auto is the fastest that was measured for the device.
+    scheduling_policy: fcfs serves who came first; priority whose Request.priority is smallest.
     kv_cache_dtype: auto keeps keys and values in `dtype`; fp8 (e4m3, each number by itself) takes half the memory, and rounds them.
     """
 
@@ -44,6 +46,9 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    scheduling_policy: str = "fcfs"
+    max_num_queued_reqs: int | None = None  # sequences that may wait for a row
     max_logprobs: int = 20
+    disable_log_stats: bool = False  # of a server's engine process; Engine and LLM log none
     enforce_eager: bool = False  # few buckets, quick start
     device: Literal["auto", "cpu", "cuda"] = "auto"

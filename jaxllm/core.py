@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from jaxllm.batch import StepResult
+from jaxllm.mask import mask_of
+from jaxllm.metrics import Metrics, Times
+from jaxllm.pages import ROOT, digest
 from jaxllm.patch import Patch
 from jaxllm.plan import Plan
 from jaxllm.request import (
@@ -21,6 +24,7 @@ from jaxllm.request import (
     Limits,
     Logprob,
     Output,
+    OverloadedError,
     Request,
     RequestError,
     Stats,
@@ -28,6 +32,7 @@ from jaxllm.request import (
 )
 from jaxllm.scheduler import Row, Scheduler, Sequence, Step
 from jaxllm.text import Detokenizer, Tokenizer
+from jaxllm.vectors import unit
 
 Listener = Callable[[Output], None]
 
@@ -53,6 +58,7 @@ class _Answer:
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     told: int = 0  # tokens
+    last: float | None = None  # when its newest token was read
 
     def news(self, reason: FinishReason | None = None, stop: str | int | None = None) -> Completion:
         """What came since the last time."""
@@ -75,10 +81,15 @@ class _Live:
     answers: list[_Answer]
     left: int
     prompt_logprobs: dict[int, TokenLogprobs] | None  # by place in the prompt, until they are all there and told
+    times: Times
+    embedding: tuple[float, ...] | None = None
 
 
 class Core:
-    """eos_ids: the tokens that end an answer unless a request says ignore_eos. patch: the one the runner was compiled with."""
+    """eos_ids: the tokens that end an answer unless a request says ignore_eos. patch: the one the runner was compiled with.
+
+    by_priority: see Scheduler. max_queued: how many sequences may wait for a row; None is any number.
+    """
 
     def __init__(
         self,
@@ -88,12 +99,17 @@ class Core:
         eos_ids: frozenset[int],
         tokenizer: Tokenizer | None,
         seed: int = 0,
+        *,
         patch: Patch | None = None,
+        by_priority: bool = False,
+        max_queued: int | None = None,
     ):
         self.plan, self.eos_ids, self._patch = plan, eos_ids, patch
-        self.limits = Limits(plan.max_model_len, vocab_size, plan.max_logprobs, has_text=tokenizer is not None)
+        self.limits = Limits(plan.max_model_len, vocab_size, plan.max_logprobs, has_text=tokenizer is not None, by_priority=by_priority)
         self._runner, self._tokenizer = runner, tokenizer
-        self._scheduler = Scheduler(plan)
+        self._scheduler = Scheduler(plan, by_priority)
+        self._max_queued = max_queued
+        self._metrics = Metrics()
         self._live: dict[str, _Live] = {}
         self._flight: tuple[Step, Handle] | None = None
         self._seeds = random.Random(seed)
@@ -112,10 +128,11 @@ class Core:
             self._patch.row(request.patch)
 
     def add(self, request: Request, listener: Listener) -> None:
-        """Queues a request; `listener` gets its outputs, from the thread that calls `turn`."""
+        """Queues a request; `listener` gets its outputs, from the thread that calls `turn`. Raises OverloadedError if the queue is full."""
         self.check(request)
         if request.id in self._live:
             raise RequestError(f"request id {request.id!r} is already running", "request_id")
+        self._check_room(request.params.n)
         params = request.params
         stop_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self.eos_ids)
         if params.min_tokens and len(stop_ids) > MAX_STOP_IDS:
@@ -123,13 +140,24 @@ class Core:
         longest = self.plan.max_model_len
         limit = longest if params.max_tokens is None else min(longest, len(request.prompt_token_ids) + params.max_tokens)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        root = b"" if self._patch is None else self._patch.digest(request.patch)
+        mask = mask_of(params, self.limits.vocab_size, self._tokenizer)
+        root = ROOT if request.cache_salt is None else digest(request.cache_salt.encode(), ())
+        root = root if self._patch is None else digest(root + self._patch.digest(request.patch), ())
         sequences = [Sequence(request, i, seed + i, limit, stop_ids, root) for i in range(params.n)]
         answers = [_Answer(s, self._tokenizer and Detokenizer(self._tokenizer, request.prompt_token_ids, params)) for s in sequences]
-        self._live[request.id] = _Live(request, listener, answers, params.n, None if params.prompt_logprobs is None else {})
+        scores = None if params.prompt_logprobs is None else {}
+        self._live[request.id] = _Live(request, listener, answers, params.n, scores, self._metrics.arrive())
         self._counts["prompt_tokens"] += len(request.prompt_token_ids)
         for sequence in sequences:
+            sequence.mask = mask
             self._scheduler.add(sequence)
+
+    def _check_room(self, count: int) -> None:
+        if self._max_queued is not None and (queued := self._scheduler.queued + count) > self._max_queued:
+            self._metrics.ended["refused"] += 1
+            raise OverloadedError(
+                f"the queue is full: with this request {queued} would wait, and at most {self._max_queued} may; try again later"
+            )
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """Ends a request now and gives its pages back. Does nothing if it has ended already."""
@@ -143,7 +171,7 @@ class Core:
             self.abort(request_id, reason)
 
     def forget(self) -> None:
-        """The runner has new parameters: nothing in the prefix cache is true any more. What runs goes on, on the keys and values it has."""
+        """Empties the prefix cache, for new parameters or because somebody asked. What runs goes on, on the keys and values it has."""
         self._scheduler.forget()
 
     # ------------------------------------------------------------------ the turn
@@ -153,6 +181,8 @@ class Core:
         step = self._scheduler.next()
         flight, self._flight = self._flight, None
         if step is not None:
+            for sequence in step.admitted:
+                self._metrics.begin(self._live[sequence.request.id].times)
             self._flight = step, self._runner.run(step)
         if flight is not None:
             self._take(*flight)
@@ -160,6 +190,7 @@ class Core:
 
     def _take(self, step: Step, handle: Handle) -> None:
         result = handle.read()
+        self._metrics.read()
         for i, row in enumerate(step.rows):
             if row.sequence.finished:  # a late token
                 continue
@@ -170,13 +201,19 @@ class Core:
                 answer = live.answers[row.sequence.index]
                 if row.sequence.params.logprobs is not None:
                     answer.logprobs.append(self._logprobs(row, i, result))
+                if live.request.embed:
+                    assert result.hidden is not None
+                    live.embedding = unit(result.hidden[i].tolist())
                 self._take_token(live, answer, result.tokens[i])
+        self._metrics.flush()
 
     def _take_token(self, live: _Live, answer: _Answer, token: int) -> None:
         sequence = answer.sequence
         sequence.tokens.append(token)
         sequence.pending -= 1
         self._counts["generation_tokens"] += 1
+        self._metrics.token(live.times, answer.last)
+        answer.last = self._metrics.now
         if sequence.slot is not None:
             self._scheduler.publish(sequence)
         reason, stop = self._extend(answer, token)
@@ -213,6 +250,7 @@ class Core:
         live.left -= 1
         if not live.left:
             del self._live[live.request.id]
+            self._metrics.end(live.times, reason, len(live.request.prompt_token_ids))
         self._tell(live, answer.news(reason, stop))
 
     def _tell(self, live: _Live, completion: Completion) -> None:
@@ -226,6 +264,7 @@ class Core:
                 finished=not live.left,
                 prompt_logprobs=self._whole_prompt_logprobs(live),
                 num_cached_tokens=live.answers[0].sequence.cached,
+                embedding=live.embedding,
             )
         )
 
@@ -265,5 +304,15 @@ class Core:
     def stats(self) -> Stats:
         s, pool = self._scheduler, self._scheduler.pool
         return Stats(
-            len(s.running), len(s.waiting), pool.size, pool.free, pool.cached, pool.held, s.preemptions, s.cached_tokens, **self._counts
+            len(s.running),
+            len(s.waiting),
+            pool.size,
+            pool.free,
+            pool.cached,
+            pool.held,
+            s.preemptions,
+            s.cached_tokens,
+            **self._counts,
+            ended=dict(self._metrics.ended),
+            histograms=self._metrics.histograms,
         )

@@ -11,6 +11,8 @@ import queue
 import threading
 from collections.abc import AsyncIterator, Callable
 
+import jax
+
 from jaxllm.config import EngineConfig
 from jaxllm.core import Core
 from jaxllm.loading import Loaded, load_engine_parts
@@ -23,6 +25,29 @@ from jaxllm.weights import Params
 log = logging.getLogger("jaxllm")
 
 Sink = Callable[[Output | Exception], None]
+
+
+def make_core(config: EngineConfig, parts: Loaded) -> Core:
+    """The core that turns `parts` as `config` asks."""
+    return Core(
+        parts.runner,
+        parts.plan,
+        parts.vocab_size,
+        parts.eos_ids,
+        parts.tokenizer,
+        config.seed,
+        patch=parts.runner.patch,
+        by_priority=config.scheduling_policy == "priority",
+        max_queued=config.max_num_queued_reqs,
+    )
+
+
+def profile(folder: str | None) -> None:
+    """Starts JAX's profiler, which writes to the folder, or (None) ends it. Raises RuntimeError if one runs already, or none does."""
+    if folder is None:
+        jax.profiler.stop_trace()
+    else:
+        jax.profiler.start_trace(folder)
 
 
 class Engine:
@@ -45,7 +70,7 @@ class Engine:
         self.model_name: str = config.served_model_name or parts.name
         self.default_params: dict = parts.default_params
         self._runner = parts.runner
-        self._core = Core(parts.runner, parts.plan, parts.vocab_size, parts.eos_ids, parts.tokenizer, config.seed, parts.runner.patch)
+        self._core = make_core(config, parts)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._outbox: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Queue, Output | Exception]]] = {}
         self._sinks: dict[str, Sink] = {}
@@ -134,6 +159,14 @@ class Engine:
 
     def __exit__(self, *_) -> None:
         self.close()
+
+    def forget(self) -> None:
+        """Empties the prefix cache at the next turn. What runs keeps its pages."""
+        self._send(self._core.forget)
+
+    def profile(self, folder: str | None) -> None:
+        """As the function of the same name."""
+        profile(folder)
 
     # ------------------------------------------------------------------ the thread
 

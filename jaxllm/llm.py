@@ -12,6 +12,7 @@ from jaxllm.config import EngineConfig
 from jaxllm.engine import Engine
 from jaxllm.patch import Patch
 from jaxllm.request import Completion, Output, Request, RequestError, SamplingParams
+from jaxllm.vectors import cosine, shortened
 from jaxllm.weights import Params
 
 Prompt = str | Sequence[int]
@@ -78,6 +79,27 @@ class LLM:
         """Serves these parameters from now on, as Engine.update_params says."""
         self.engine.update_params(params)
 
+    def embed(self, prompts: Prompt | Sequence[Prompt], *, dimensions: int | None = None, use_tqdm: bool = True) -> list[tuple[float, ...]]:
+        """A vector of length 1 for every prompt: the final hidden state of its last token.
+
+        dimensions: keep the first so many numbers, and make the length 1 again. Raises RequestError as `generate` does.
+        """
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        requests = [replace(self._request(prompt, params), embed=True) for prompt in _as_list(prompts)]
+        for request in requests:
+            self.engine.check(request)
+        vectors = [output.embedding or () for output in self._run(requests, use_tqdm)]
+        return vectors if dimensions is None else [shortened(vector, dimensions) for vector in vectors]
+
+    def score(self, text_1: Prompt | Sequence[Prompt], text_2: Prompt | Sequence[Prompt], *, use_tqdm: bool = True) -> list[float]:
+        """The cosine of each pair's embeddings: one text with each of several, or each with its partner."""
+        left, right = _as_list(text_1), _as_list(text_2)
+        if len(left) not in (1, len(right)):
+            raise RequestError(f"{len(left)} texts cannot be paired with {len(right)}: give as many, or one first text")
+        vectors = self.embed([*left, *right], use_tqdm=use_tqdm)
+        ones = vectors[:1] * len(right) if len(left) == 1 else vectors[: len(left)]
+        return [cosine(a, b) for a, b in zip(ones, vectors[len(left) :], strict=True)]
+
     def close(self) -> None:
         self.engine.close()
 
@@ -90,7 +112,7 @@ class LLM:
     def _params(self, given: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         return _one_each(given or self.default_params(), count, "sampling params")
 
-    def _request(self, prompt: Prompt, params: SamplingParams, patch: Mapping[str, Any] | None) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, patch: Mapping[str, Any] | None = None) -> Request:
         request_id = f"llm-{next(self._ids)}"
         if not isinstance(prompt, str):
             return Request(request_id, tuple(int(i) for i in prompt), params, stream=False, patch=patch)

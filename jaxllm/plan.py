@@ -223,6 +223,6 @@ def _step_bytes(model: ModelConfig, rows: int, chunk: int, scored: Bucket, dtype
 
 def _kept_bytes(model: ModelConfig, buckets: tuple[Bucket, ...], rows: int, max_pages: int) -> int:
     """What stays on the device between steps beside weights and cache: each row size's logits, and every slot's state."""
-    ports = 4 * model.vocab_size * sum({bucket.rows for bucket in buckets})
-    state = (rows + 1) * (3 * model.vocab_size + 4 * (max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
+    ports = 4 * (model.vocab_size + model.d_model) * sum({bucket.rows for bucket in buckets})
+    state = (rows + 1) * (3 * model.vocab_size + model.vocab_size // 8 + 4 * (max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
     return ports + state

@@ -3,10 +3,12 @@
 JaxllmError
 ├── ConfigError        the options, the checkpoint or the machine do not fit together: fatal at start
 ├── RequestError       this request can never be served as asked: a 400
+├── OverloadedError    too many requests wait already; later it may be served: a 429
 └── EngineDeadError    the engine stopped; nothing will be answered any more: a 503
 """
 
 import math
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +17,8 @@ from typing import Any, Literal
 FinishReason = Literal["stop", "length", "abort", "error"]
 
 MAX_BIAS = 300  # logit_bias entries a row keeps on the device
+MAX_BAD_WORDS = 128  # each is compared with the text so far before every token
+MAX_SALT = 128  # characters
 MAX_STOP_IDS = 64  # stop and eos ids a row keeps on the device, to ban them before min_tokens
 
 
@@ -34,6 +38,10 @@ class RequestError(JaxllmError, ValueError):
         self.param = param
 
 
+class OverloadedError(JaxllmError, RuntimeError):
+    """The queue is full: the request was not taken, and may be sent again later."""
+
+
 class EngineDeadError(JaxllmError, RuntimeError):
     """The engine has stopped and will answer nothing more."""
 
@@ -45,7 +53,8 @@ class SamplingParams:
     temperature 0 is greedy; top_k 0 or -1 and top_p 1 are off. `logprobs=n` returns the chosen token's
     log-probability and the n likeliest (0: the chosen one only), of the model's own distribution before
     temperature and penalties; `prompt_logprobs` the same for every prompt token. `seed` makes a request's
-    tokens the same whatever else is in the batch. `max_tokens=None` means as many as fit.
+    tokens the same whatever else is in the batch. `max_tokens=None` means as many as fit. `allowed_token_ids`
+    are the only ones that may be drawn; `bad_words` are texts that may not, each as the tokens that spell it.
     """
 
     n: int = 1
@@ -64,6 +73,8 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
@@ -73,6 +84,9 @@ class SamplingParams:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k in (-1, 0) else self.top_k)
         for name, low, high in _BOUNDS:
             value = getattr(self, name)
@@ -86,6 +100,12 @@ class SamplingParams:
             raise RequestError(f"min_tokens must not exceed max_tokens, but {self.min_tokens} > {self.max_tokens}", "min_tokens")
         if any(not s for s in self.stop):
             raise RequestError("stop strings must not be empty", "stop")
+        if any(not word.strip() for word in self.bad_words):
+            raise RequestError("bad_words must not be empty or blank", "bad_words")
+        if len(self.bad_words) > MAX_BAD_WORDS:
+            raise RequestError(f"bad_words holds {len(self.bad_words)} texts; at most {MAX_BAD_WORDS} are allowed", "bad_words")
+        if self.allowed_token_ids == ():
+            raise RequestError("allowed_token_ids is empty, which leaves no token to draw: name some, or leave it out", "allowed_token_ids")
         if len(self.logit_bias) > MAX_BIAS:
             raise RequestError(f"logit_bias holds {len(self.logit_bias)} tokens; at most {MAX_BIAS} fit", "logit_bias")
         if len(self.stop_token_ids) > MAX_STOP_IDS // 2:
@@ -103,7 +123,12 @@ class SamplingParams:
     def edits(self) -> bool:
         """Do the logits have to be changed, or their probabilities reported, before a token is drawn?"""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        return bool(penalties or self.logit_bias or self.min_tokens or self.logprobs is not None)
+        return bool(penalties or self.logit_bias or self.min_tokens or self.masks or self.logprobs is not None)
+
+    @cached_property
+    def masks(self) -> bool:
+        """Are there tokens that may not be drawn, whatever their logits are?"""
+        return bool(self.bad_words or self.allowed_token_ids is not None)
 
 
 _INT_MAX = 2**31 - 1
@@ -129,6 +154,9 @@ class Request:
 
     stream: an Output for every token; otherwise each continuation comes once, whole, when it ends.
     patch: what this request brings for the engine's Patch, by name; what it leaves out is as the patch has it.
+    embed: no text is wanted but Output.embedding, and `params` count for nothing.
+    priority: the smallest is served first, under --scheduling-policy priority. cache_salt: prompts share cached pages only with
+    prompts of the same salt.
     """
 
     id: str
@@ -137,6 +165,9 @@ class Request:
     prompt: str | None = None  # its text, if it had one, only to be given back
     stream: bool = True
     patch: Mapping[str, Any] | None = None
+    embed: bool = False
+    priority: int = 0
+    cache_salt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -173,7 +204,8 @@ class Completion:
 class Output:
     """What a request has produced: everything from `LLM.generate`, only what is new from `Engine.generate`.
 
-    `prompt_logprobs[i]` belongs to prompt token i (None for the first, which nothing predicts).
+    `prompt_logprobs[i]` belongs to prompt token i (None for the first, which nothing predicts). `embedding` is the final hidden state
+    of the prompt's last token, of length 1 as a vector; None unless the request asked for it.
     """
 
     request_id: str
@@ -183,6 +215,7 @@ class Output:
     finished: bool
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
     num_cached_tokens: int = 0
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -193,6 +226,7 @@ class Limits:
     vocab_size: int
     max_logprobs: int
     has_text: bool  # is there a tokenizer?
+    by_priority: bool = False  # may requests have one?
 
     def check(self, request: Request) -> None:
         """Raises RequestError for what can never be served, with the numbers in it."""
@@ -208,6 +242,7 @@ class Limits:
         self._check_ids("prompt", prompt)
         self._check_ids("logit_bias", params.logit_bias)
         self._check_ids("stop_token_ids", params.stop_token_ids)
+        self._check_ids("allowed_token_ids", params.allowed_token_ids or ())
         for name in ("logprobs", "prompt_logprobs"):
             if (getattr(params, name) or 0) > self.max_logprobs:
                 raise RequestError(
@@ -215,15 +250,38 @@ class Limits:
                 )
         if params.stop and not self.has_text:
             raise RequestError("stop strings need a tokenizer, and this engine runs without one; use stop_token_ids", "stop")
+        if params.bad_words and not self.has_text:
+            raise RequestError("bad_words need a tokenizer, and this engine runs without one", "bad_words")
+        if request.priority and not self.by_priority:
+            raise RequestError("priority needs a server with --scheduling-policy priority: leave it out, or send 0", "priority")
+        if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT:
+            raise RequestError(f"cache_salt must have 1 to {MAX_SALT} characters, but it has {len(request.cache_salt)}", "cache_salt")
 
     def _check_ids(self, name: str, ids: Iterable[int]) -> None:
         if outside := [i for i in ids if not 0 <= i < self.vocab_size]:
             raise RequestError(f"{name} holds token id {outside[0]}, but the vocabulary has ids 0 to {self.vocab_size - 1}", name)
 
 
+@dataclass
+class Histogram:
+    """counts[i]: observations up to bounds[i]; the last count is of those above all bounds."""
+
+    bounds: tuple[float, ...]
+    counts: list[int]
+    total: float = 0.0
+
+    def add(self, value: float, times: int = 1) -> None:
+        self.counts[bisect_left(self.bounds, value)] += times
+        self.total += value * times
+
+
 @dataclass(frozen=True)
 class Stats:
-    """A moment's figures. pages: how many a sequence may hold; free + cached + held == pages."""
+    """A moment's figures. pages: how many a sequence may hold; free + cached + held == pages.
+
+    ended: requests by how they ended, a FinishReason or "refused" for those that the full queue turned away. histograms: by name,
+    in seconds, tokens, or whatever the name says.
+    """
 
     running: int
     waiting: int
@@ -235,3 +293,5 @@ class Stats:
     cached_tokens: int  # prompt tokens found in the cache
     prompt_tokens: int
     generation_tokens: int
+    ended: dict[str, int] = field(default_factory=dict)
+    histograms: dict[str, Histogram] = field(default_factory=dict)

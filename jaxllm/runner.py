@@ -25,7 +25,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.stages import Lowered
 
-from jaxllm import sample, scheduler
+from jaxllm import mask, sample, scheduler
 from jaxllm import step as device
 from jaxllm.batch import StepResult, pack, packed_size
 from jaxllm.cache import Cache, cache_shapes, make_cache
@@ -54,19 +54,19 @@ _COMPILER_STACK = 64 * 2**20  # XLA's recursion over a deep model overflows a th
 class Handle:
     """A dispatched step. `read` waits for it."""
 
-    def __init__(self, tokens: Array, logprobs: tuple[Array, ...] | None, prompt: tuple[Array, ...] | None):
-        self._arrays = tokens, logprobs, prompt
+    def __init__(self, tokens: Array, logprobs: tuple[Array, ...] | None, prompt: tuple[Array, ...] | None, hidden: Array | None):
+        self._arrays = tokens, logprobs, prompt, hidden
         for array in jax.tree.leaves(self._arrays):
             array.copy_to_host_async()
 
     def read(self) -> StepResult:
-        tokens, logprobs, prompt = jax.tree.map(np.asarray, self._arrays)
-        return StepResult(tokens.tolist(), logprobs, prompt)
+        tokens, *found = jax.tree.map(np.asarray, self._arrays)
+        return StepResult(tokens.tolist(), *found)
 
 
 @dataclass
 class RowState:
-    """What the device keeps for each row slot. The last three matter only to rows that sample with edited logits."""
+    """What the device keeps for each row slot. The last four matter only to rows that sample with edited logits."""
 
     last_S: Array  # the newest token
     table_SP: Array  # its pages
@@ -75,6 +75,7 @@ class RowState:
     edits_SE: Array
     counts_SV: Array  # how often each token was produced
     in_prompt_SV: Array
+    banned_SW: Array  # what must not be drawn, packed as mask.py says
 
 
 class Runner:
@@ -97,6 +98,7 @@ class Runner:
         self._steps: dict[Bucket, Callable] = {}
         self._loads: dict[Bucket, Callable] = {}
         self._takes: dict[int, Callable] = {}
+        self._hiddens: dict[int, Callable] = {}
         self._edited_draws: dict[int, Callable] = {}
         self._admits: dict[str, Callable] = {}
         self._inboxes: dict[Bucket, Array] = {}
@@ -104,6 +106,7 @@ class Runner:
         self._joins: dict[Join, Callable] = {}
         self._patch_S = self._empty_patch()
         self._patched: set[int] = set()  # slots whose last sequence brought data
+        self._masked: set[int] = set()  # slots whose last sequence had a mask
 
     def _empty_state(self) -> RowState:
         slots, vocab = self.plan.max_num_seqs + 1, self.model.vocab_size
@@ -115,6 +118,7 @@ class Runner:
             "edits_SE": ((slots, device.EDITS), jnp.int32),
             "counts_SV": ((slots, vocab), jnp.int16),
             "in_prompt_SV": ((slots, vocab), jnp.bool_),
+            "banned_SW": ((slots, mask.words(vocab)), jnp.int32),
         }
         return RowState(**self._zeros({name: jax.ShapeDtypeStruct(*s) for name, s in shapes.items()}))
 
@@ -158,8 +162,11 @@ class Runner:
         self._params = tuple(jax.tree.leaves(nnx.state(decoder)))
         self._cache = make_cache(self.plan, self.model, self._mesh)
         self._inboxes = self._zeros({b: jax.ShapeDtypeStruct((packed_size(b),), jnp.int32) for b in self._steps})
-        self._ports = {m: self._zeros(device.Ports.shapes(m, self.model.vocab_size)) for m in self._takes}
+        self._ports = {m: self._zeros(self._port_shapes(m)) for m in self._takes}
         self._warm_up()
+
+    def _port_shapes(self, rows: int) -> device.Ports:
+        return device.Ports.shapes(rows, self.model, self.plan.dtype)
 
     def _jobs(self) -> list["_Job"]:
         s, f = self._state, jax.ShapeDtypeStruct
@@ -176,16 +183,17 @@ class Runner:
 
         precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
         for b in steps:
-            ports, inbox = device.Ports.shapes(b.rows, self.model.vocab_size), f((packed_size(b),), jnp.int32)
+            ports, inbox = self._port_shapes(b.rows), f((packed_size(b),), jnp.int32)
             args = (self._params, cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, ports, self._patch_S)
             step = precision(partial(self._step, b))
             job(str(b), self._steps, b, step, args, (1, 2, 3, 7), (out, *[self._everywhere] * 4), _LARGE if b.chunk else None)
             job(f"{b}'s inbox", self._loads, b, _load, (inbox, inbox), (0,))
         for m in sorted({b.rows for b in steps}):
-            ports = device.Ports.shapes(m, self.model.vocab_size)
+            ports = self._port_shapes(m)
             how = (self._mesh, self._implementation)
             job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_M,), ())
-            args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, ports.head_3M, ports.logits_MV)
+            job(f"hidden of {m}", self._hiddens, m, partial(jnp.array, dtype=jnp.float32), (ports.hidden_MD,), ())
+            args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, s.banned_SW, ports.head_3M, ports.logits_MV)
             edited = partial(device.draw_edited, *how, count=self.plan.max_logprobs)
             job(f"edited draw of {m}", self._edited_draws, m, edited, args, (0, 1))
         packed = f((ADMITTED, device.row_width(self.plan)), jnp.int32)
@@ -196,6 +204,8 @@ class Runner:
             job("patch data", self._admits, "patch", device.admit_patch, args, (0,))
         for how in layout(self.model, self._mesh).joins:
             job(f"joining {how.shapes} by {how.axes}", self._joins, how, how.__call__, (how.parts(self.plan.dtype),), (), how.sharding)
+        masks = f((ADMITTED,), jnp.int32), f((ADMITTED, s.banned_SW.shape[1]), jnp.int32)
+        job("masks", self._admits, "masks", device.admit_masks, (s.banned_SW, *masks), (0,))
         return jobs
 
     def _step(self, bucket: Bucket, params, *arrays):
@@ -219,11 +229,13 @@ class Runner:
         for bucket in self._steps:
             self._dispatch(Step([], bucket))
             self._takes[bucket.rows](self._ports[bucket.rows].tokens_M)
+            self._hiddens[bucket.rows](self._ports[bucket.rows].hidden_MD)
             self._draw_edited(bucket.rows)
         self._admit_rows([])
         self._admit_edits(None)
         if self.patch is not None:
             self._admit_patch(self.plan.max_num_seqs, None)
+        self._admit_masks([])
         jax.block_until_ready((self._cache, vars(self._state)))
 
     # ------------------------------------------------------------------ running
@@ -237,6 +249,9 @@ class Runner:
                 self._admit_edits(sequence)
             if sequence.slot is not None and (sequence.request.patch or sequence.slot in self._patched):
                 self._admit_patch(sequence.slot, sequence.request.patch)
+        if masked := self._masks(step):
+            for start in range(0, len(masked), ADMITTED):
+                self._admit_masks(masked[start : start + ADMITTED])
         prompt = self._dispatch(step)
         rows, logprobs = step.bucket.rows, None
         sampling = [row.sequence.params for row in step.rows if row.samples]
@@ -245,7 +260,9 @@ class Runner:
             logprobs = tuple(found) if any(p.logprobs is not None for p in sampling) else None
         else:
             tokens = self._takes[rows](self._ports[rows].tokens_M)
-        return Handle(tokens, logprobs, prompt if step.bucket.scored else None)
+        embeds = any(row.samples and row.sequence.request.embed for row in step.rows)
+        hidden = self._hiddens[rows](self._ports[rows].hidden_MD) if embeds else None
+        return Handle(tokens, logprobs, prompt if step.bucket.scored else None, hidden)
 
     def _dispatch(self, step: Step) -> tuple[Array, ...]:
         bucket, s = step.bucket, self._state
@@ -259,7 +276,7 @@ class Runner:
     def _draw_edited(self, rows: int) -> list[Array]:
         s, ports = self._state, self._ports[rows]
         s.last_S, s.counts_SV, *found = self._edited_draws[rows](
-            s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, ports.head_3M, ports.logits_MV
+            s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, s.banned_SW, ports.head_3M, ports.logits_MV
         )
         return found
 
@@ -274,6 +291,25 @@ class Runner:
     def _admit_edits(self, sequence: scheduler.Sequence | None) -> None:
         s, packed = self._state, device.pack_edits(sequence, self.plan.max_num_seqs, self.model.vocab_size)
         s.edits_SE, s.counts_SV, s.in_prompt_SV = self._admits["edits"](s.edits_SE, s.counts_SV, s.in_prompt_SV, *packed)
+
+    def _masks(self, step: Step) -> list[scheduler.Sequence]:
+        """Whose mask the device does not have: newcomers with one or in the slot of one, and rows whose mask changes with every token."""
+        due = {s.slot: s for s in step.admitted if s.mask is not None or s.slot in self._masked}
+        due |= {row.slot: row.sequence for row in step.rows if (m := row.sequence.mask) is not None and m.changes and row.samples}
+        return list(due.values())
+
+    def _admit_masks(self, sequences: Sequence[scheduler.Sequence]) -> None:
+        slots = np.full(ADMITTED, self.plan.max_num_seqs, np.int32)
+        banned = np.zeros((ADMITTED, self._state.banned_SW.shape[1]), np.int32)
+        for i, sequence in enumerate(sequences):
+            assert sequence.slot is not None
+            slots[i] = sequence.slot
+            if sequence.mask is None:
+                self._masked.discard(sequence.slot)
+            else:
+                self._masked.add(sequence.slot)
+                banned[i] = sequence.mask.banned(sequence.tokens[sequence.prompt_len :])
+        self._state.banned_SW = self._admits["masks"](self._state.banned_SW, slots, banned)
 
     def _admit_patch(self, slot: int, given: Mapping[str, Any] | None) -> None:
         assert self.patch is not None

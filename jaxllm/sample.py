@@ -98,6 +98,12 @@ def ban(logits_BV: Array, ids_BK: Array) -> Array:
     return logits_BV.at[_rows(ids_BK), _valid(ids_BK, logits_BV)].set(-jnp.inf, mode="drop")
 
 
+def mask(logits_BV: Array, banned_BW: Array) -> Array:
+    """Logits with -inf where a bit of `banned_BW` is set: token v is bit v % 32 of word v // 32."""
+    bits_BW32 = banned_BW[:, :, None] >> jnp.arange(32) & 1
+    return jnp.where(bits_BW32.reshape(len(banned_BW), -1)[:, : logits_BV.shape[1]] == 1, -jnp.inf, logits_BV)
+
+
 def _rows(ids_BK: Array) -> Array:
     return jnp.arange(ids_BK.shape[0])[:, None]
 

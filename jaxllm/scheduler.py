@@ -9,10 +9,12 @@ A page may be taken again as soon as it is released: the device runs steps in th
 late write of a finished row comes before the first write of the page's next holder.
 """
 
+from bisect import insort
 from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from jaxllm.mask import TokenMask
 from jaxllm.pages import ROOT, PagePool, chain
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import Request
@@ -42,6 +44,8 @@ class Sequence:
         self.scored = request.params.prompt_logprobs is not None and index == 0  # must its prompt run in scored steps?
         self.slot: int | None = None
         self.finished = False
+        self.order: tuple[int, int] = (0, 0)  # (priority, arrival): who comes first
+        self.mask: TokenMask | None = None  # what it must not draw
 
     @property
     def prompt_len(self) -> int:
@@ -49,8 +53,11 @@ class Sequence:
 
     @property
     def todo(self) -> int:
-        """Tokens to run before the next one can be sampled. 0 once the last allowed one has been."""
-        return 0 if self.length >= self.limit else self.length - self.computed
+        """Tokens to run before the next one can be sampled. 0 once the last allowed one has been, and while what it may draw depends on
+        a token that is not read yet."""
+        if self.length >= self.limit or (self.pending and self.mask is not None and self.mask.changes):
+            return 0
+        return self.length - self.computed
 
 
 class Row(NamedTuple):
@@ -74,17 +81,33 @@ class Step:
 
 
 class Scheduler:
-    def __init__(self, plan: Plan):
-        self.plan = plan
+    """by_priority: the smallest Request.priority first, whoever came first among equals; otherwise only who came first."""
+
+    def __init__(self, plan: Plan, by_priority: bool = False):
+        self.plan, self.by_priority = plan, by_priority
         self.pool = PagePool(plan.num_pages)
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []  # oldest first
+        self.waiting: deque[Sequence] = deque()  # the next one first
+        self.running: list[Sequence] = []  # the last one gives way first
+        self._arrivals = 0
         self.preemptions = 0
         self.cached_tokens = 0
         self._slots = list(range(plan.max_num_seqs - 1, -1, -1))
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        self._arrivals += 1
+        sequence.order = (sequence.request.priority if self.by_priority else 0, self._arrivals)
+        self._wait(sequence)
+
+    def _wait(self, sequence: Sequence) -> None:
+        if not self.waiting or sequence.order > self.waiting[-1].order:  # nearly always: a newcomer
+            self.waiting.append(sequence)
+        else:
+            insort(self.waiting, sequence, key=lambda s: s.order)
+
+    @property
+    def queued(self) -> int:
+        """Sequences that wait although every row is taken, or would be if the waiting ones got the free rows."""
+        return len(self.waiting) - len(self._slots)
 
     def finish(self, sequence: Sequence) -> None:
         """Ends a sequence wherever it is. Rows of it that are still on the device are dropped when they are read."""
@@ -166,7 +189,7 @@ class Scheduler:
         self._leave(sequence)
         sequence.computed = 0
         sequence.published = 0
-        self.waiting.appendleft(sequence)
+        self._wait(sequence)
         self.preemptions += 1
 
     def _leave(self, sequence: Sequence) -> None:
@@ -197,7 +220,7 @@ class Scheduler:
             sequence.cached = sequence.computed
             self.cached_tokens += sequence.computed
         sequence.slot = self._slots.pop()
-        self.running.append(sequence)
+        insort(self.running, sequence, key=lambda s: s.order)
         return True
 
     def _name(self, sequence: Sequence, count: int) -> None:

@@ -86,17 +86,20 @@ class Ports:
     """Where a step of M rows leaves what it made. They are donated and come back, so they stay where they are on the device.
 
     head: slot, length with the tokens just run, and whether the row samples: with the seeds, all that a draw depends on.
+    hidden: the last token's, after the final norm, for those who want an embedding.
     """
 
     tokens_M: Array
     logits_MV: Array
     head_3M: Array
+    hidden_MD: Array
 
     @classmethod
-    def shapes(cls, rows: int, vocab: int) -> "Ports":
+    def shapes(cls, rows: int, model: ModelConfig, dtype: str) -> "Ports":
         """The ports' shapes and types, in place of arrays."""
         f: Any = jax.ShapeDtypeStruct
-        return cls(f((rows,), jnp.int32), f((rows, vocab), jnp.float32), f((3, rows), jnp.int32))
+        logits, hidden = f((rows, model.vocab_size), jnp.float32), f((rows, model.d_model), dtype)
+        return cls(f((rows,), jnp.int32), logits, f((3, rows), jnp.int32), hidden)
 
 
 def model_step(
@@ -126,7 +129,8 @@ def model_step(
     linears = _linears(decoder, plan, mesh, implementation, bucket) if patch is None else None
     context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears, patching)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
-    logits_MV = decoder.logits(hidden_ND[batch.logit_lane_M])
+    hidden_MD = hidden_ND[batch.logit_lane_M]
+    logits_MV = decoder.logits(hidden_MD)
     head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
     sampling = sample.Sampling.unpack(floats_SF[batch.slot_M], ints_SI[batch.slot_M])
     tokens_M = _sample(mesh, implementation, logits_MV, sampling, head_3M)
@@ -134,7 +138,7 @@ def model_step(
     prompt = ()
     if bucket.scored:
         prompt = sample.logprobs(decoder.logits(hidden_ND[bucket.rows :]), batch.target_T, plan.max_logprobs)
-    return cache, last_S, table_SP, Ports(tokens_M, logits_MV, head_3M), prompt
+    return cache, last_S, table_SP, Ports(tokens_M, logits_MV, head_3M, hidden_MD), prompt
 
 
 def _linears(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket) -> Linears | None:
@@ -179,7 +183,9 @@ def _sample(mesh: Mesh, implementation: str, logits_MV: Array, sampling: sample.
 EDITS = 2 * MAX_BIAS + MAX_STOP_IDS + 1  # bias ids, bias values (as bits), stop ids, the length below which those are banned
 
 
-def draw_edited(mesh, implementation, last_S, counts_SV, floats_SF, ints_SI, edits_SE, in_prompt_SV, head_3M, logits_MV, *, count: int):
+def draw_edited(
+    mesh, implementation, last_S, counts_SV, floats_SF, ints_SI, edits_SE, in_prompt_SV, banned_SW, head_3M, logits_MV, *, count: int
+):
     """(last_S, counts_SV, tokens_M, chosen_M, rank_M, values_MC, ids_MC): the draw with penalties, biases and bans before it.
 
     The log-probabilities are of the logits as they were, `count` of them.
@@ -192,6 +198,7 @@ def draw_edited(mesh, implementation, last_S, counts_SV, floats_SF, ints_SI, edi
     edited = sample.penalize(logits_MV, counts_SV[slot_M], in_prompt_SV[slot_M], sampling)
     edited = sample.bias(edited, bias_ids, values)
     edited = sample.ban(edited, jnp.where((length_M < edits[:, -1])[:, None], stop_ids, -1))
+    edited = sample.mask(edited, banned_SW[slot_M])
     tokens_M = _sample(mesh, implementation, edited, sampling, head_3M)
     counts_SV = counts_SV.at[slot_M, tokens_M].add((samples_M > 0).astype(counts_SV.dtype))
     return _remember(last_S, slot_M, samples_M > 0, tokens_M), counts_SV, tokens_M, *sample.logprobs(logits_MV, tokens_M, count)
@@ -214,6 +221,11 @@ def admit_edits(edits_SE: Array, counts_SV: Array, in_prompt_SV: Array, head: Ar
 def admit_patch(data_S: dict[str, Array], slot: Array, row: dict[str, Array]) -> dict[str, Array]:
     """What one row brings for the patch."""
     return {name: value_S.at[slot].set(row[name]) for name, value_S in data_S.items()}
+
+
+def admit_masks(banned_SW: Array, slot_B: Array, banned_BW: Array) -> Array:
+    """What some rows must not draw from now on (see mask.py)."""
+    return banned_SW.at[slot_B].set(banned_BW)
 
 
 def row_width(plan: Plan) -> int:

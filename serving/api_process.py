@@ -7,6 +7,7 @@ import sys
 import msgspec
 
 from jaxllm.config import EngineConfig
+from jaxllm.request import EngineDeadError
 from serving import run
 from serving.cli import set_up_logging, stop
 from serving.options import ServerOptions
@@ -38,8 +39,8 @@ def main() -> int:
         engine = RemoteEngine(job.config, AnothersProcess(job.address, job.engine)).wait()
         with run.bind(job.options) as listener:
             run.serve(engine, job.options, listener, lambda: print("ready", flush=True))
-    except StartFailed:
-        return 1
+    except (StartFailed, EngineDeadError):
+        return 1  # who started this process says it
     except KeyboardInterrupt:
         pass
     return 0

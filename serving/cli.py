@@ -17,11 +17,14 @@ from typing import TYPE_CHECKING, NoReturn
 
 from jaxllm import __version__
 from jaxllm.config import EngineConfig
-from jaxllm.request import ConfigError, JaxllmError
+from jaxllm.request import ConfigError, EngineDeadError, JaxllmError
 from serving import options, run
+from serving.options import ServerOptions
 
 if TYPE_CHECKING:
     from serving.protocol import EngineLike
+
+log = logging.getLogger("jaxllm.server")
 
 BENCHES = {  # each runs bench.NAME as a program
     "serve": "load any OpenAI server over HTTP",
@@ -103,30 +106,42 @@ def convert(argv: Sequence[str]) -> int:
 
 
 def serve(argv: Sequence[str], make_engine: "Callable[[EngineConfig], EngineLike]") -> int:
-    """Loads the model, then serves until a signal. Returns 0 after SIGTERM or SIGINT, 1 if it could not start.
+    """Loads the model, then serves until a signal. Returns 0 after SIGTERM or SIGINT, 1 if it could not start or the engine died.
 
     Raises SystemExit, as uvicorn does, if the first request failed: the log has said why.
     """
     config, server_options = options.read(argv)
-    start = time.perf_counter()
     set_up_logging()
     signal.signal(signal.SIGTERM, stop)  # so that the engine is closed, while it loads as well as later
     try:
-        # Bound first: a port that is taken should be known before minutes of loading. It listens only when everything is ready.
-        with run.bind(server_options) as listener:
-            engine = make_engine(config)
+        while True:
             try:
-                if server_options.api_server_count == 1:
-                    run.serve(engine, server_options, listener, lambda: run.say_ready(engine, server_options, listener, start))
-                else:
-                    run.serve_in_processes(engine, server_options, listener, start)
-            finally:
-                engine.close()
+                _serve(config, server_options, make_engine)
+                break
+            except EngineDeadError as error:
+                if not server_options.restart_engine:
+                    return _complain(f"{error}; with --restart-engine it would have been started again", 1)
+                log.warning("%s: starting it again", error)
     except JaxllmError as error:
         return _complain(error, 1)
     except (KeyboardInterrupt, _Stopped):
         pass
     return 0
+
+
+def _serve(config: EngineConfig, options: ServerOptions, make_engine: "Callable[[EngineConfig], EngineLike]") -> None:
+    """One engine's life. Raises EngineDeadError if it died."""
+    start = time.perf_counter()
+    # Bound first: a port that is taken should be known before minutes of loading. It listens only when everything is ready.
+    with run.bind(options) as listener:
+        engine = make_engine(config)
+        try:
+            if options.api_server_count == 1:
+                run.serve(engine, options, listener, lambda: run.say_ready(engine, options, listener, start))
+            else:
+                run.serve_in_processes(engine, options, listener, start)
+        finally:
+            engine.close()
 
 
 def _make_engine(config: EngineConfig) -> "EngineLike":

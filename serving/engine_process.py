@@ -15,11 +15,13 @@ import msgspec
 import zmq
 
 from jaxllm.config import EngineConfig
-from jaxllm.core import Core
+from jaxllm.engine import make_core, profile
 from jaxllm.loading import Loaded, load_engine_parts
-from jaxllm.request import JaxllmError, Output, Request, RequestError
+from jaxllm.request import JaxllmError, Output, OverloadedError, Request, RequestError
 from serving import wire
 from serving.cli import set_up_logging
+from serving.log_line import LOG_S, LogLine
+from serving.memory import Store
 
 log = logging.getLogger("jaxllm")
 
@@ -28,7 +30,9 @@ class Service:
     """A core that listens to API processes. A request is known by its sender and its id together."""
 
     def __init__(self, config: EngineConfig, parts: Loaded, socket: zmq.Socket):
-        self._core = Core(parts.runner, parts.plan, parts.vocab_size, parts.eos_ids, parts.tokenizer, config.seed)
+        self._core = make_core(config, parts)
+        self._store = Store()
+        self._line = None if config.disable_log_stats else LogLine()
         self._parts, self._name, self._socket = parts, config.served_model_name or parts.name, socket
         self._senders: dict[str, tuple[bytes, str]] = {}
         self._out: dict[bytes, list[wire.Piece]] = {}
@@ -40,13 +44,15 @@ class Service:
         poller.register(until, zmq.POLLIN)
         busy = False
         while True:
-            ready = dict(poller.poll(0 if busy else None))
+            ready = dict(poller.poll(0 if busy else LOG_S * 1000))
             if until in ready:
                 return
             if self._socket in ready:
                 self._read()
             busy = self._core.turn()
             self._flush()
+            if self._line is not None and self._line.due() and (text := self._line.text(self._core.stats())):
+                log.info("%s", text)
 
     def _read(self) -> None:
         while True:
@@ -59,10 +65,26 @@ class Service:
                     self._add(sender, request)
                 case wire.Abort(request_id):
                     self._core.abort(_key(sender, request_id))
-                case wire.Ask():
-                    p = self._parts
-                    hello = wire.Hello(self._name, p.path, p.default_params, self._core.limits, self._core.stats())
-                    self._send(sender, hello)
+                case question:
+                    self._send(sender, self._reply(question))
+
+    def _reply(self, question: wire.Question) -> wire.Reply:
+        match question:
+            case wire.Ask():
+                p = self._parts
+                return wire.Hello(self._name, p.path, p.default_params, self._core.limits, self._core.stats())
+            case wire.Recall(key):
+                return wire.Recalled(self._store.recall(key))
+            case wire.Keep(key, value):
+                self._store.keep(key, value)
+            case wire.Forget():
+                self._core.forget()
+            case wire.Profile(folder):
+                try:
+                    profile(folder)
+                except RuntimeError as error:
+                    return wire.Done(str(error))
+        return wire.Done()
 
     def _add(self, sender: bytes, request: Request) -> None:
         key = _key(sender, request.id)
@@ -73,12 +95,14 @@ class Service:
             self._senders[key] = sender, request.id
         except RequestError as error:
             self._send(sender, wire.Refused(request.id, str(error), error.param))
+        except OverloadedError as error:
+            self._send(sender, wire.Refused(request.id, str(error), None, overloaded=True))
 
     def _hear(self, output: Output) -> None:
         sender, request_id = self._senders.pop(output.request_id) if output.finished else self._senders[output.request_id]
         (completion,) = output.outputs
         logprobs = None if output.prompt_logprobs is None else list(output.prompt_logprobs)
-        piece = wire.Piece(request_id, completion, output.finished, output.num_cached_tokens, logprobs)
+        piece = wire.Piece(request_id, completion, output.finished, output.num_cached_tokens, logprobs, output.embedding)
         self._out.setdefault(sender, []).append(piece)
 
     def _flush(self) -> None:

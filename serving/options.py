@@ -4,98 +4,84 @@ vLLM's names wherever the meaning is vLLM's. Defaults are not written here: they
 """
 
 import argparse
-import difflib
-import json
-import math
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from jaxllm.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES, LOAD_FORMATS, EngineConfig
-
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "K": 2**10, "M": 2**20, "G": 2**30}
+from jaxllm.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES, LOAD_FORMATS, SCHEDULING_POLICIES, EngineConfig
+from jaxllm.request import ConfigError
+from serving.flags import Flag, Parser, add_flags, fraction, human_bytes, human_length, json_object, seconds, values, whole
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """How the server listens and whom it answers."""
+    """How the server listens and whom it answers. Times are seconds."""
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: str | None = None
-    enable_log_requests: bool = False
     api_server_count: int = 1
+    api_key: tuple[str, ...] = ()
+    api_key_file: str | None = None
+    allowed_origins: tuple[str, ...] = ()
+    allowed_methods: tuple[str, ...] = ("*",)
+    allowed_headers: tuple[str, ...] = ("*",)
+    allow_credentials: bool = False
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    ssl_ca_certs: str | None = None
+    strict: bool = False
+    max_body_bytes: int = 32 * 2**20
+    receive_timeout: float = 60.0
+    shutdown_timeout: float = 10.0
+    restart_engine: bool = False
+    enable_admin_routes: bool = False
+    profile_dir: str = "jaxllm-profile"
+    enable_log_requests: bool = False
+    otlp_traces_endpoint: str | None = None
 
-
-def human_length(text: str) -> int:
-    """Tokens: 8192, 8k (thousands), 8K (1024s), 25.6k; "auto" is -1."""
-    if text == "auto":
-        return -1
-    number, unit = (text[:-1], _UNITS[text[-1]]) if text[-1:] in _UNITS else (text, 1)
-    try:
-        value = float(number) * unit
-    except ValueError:
-        value = math.nan  # refused below, like inf and 0.3
-    if not value.is_integer() or (value < 1 and value != -1):
-        raise argparse.ArgumentTypeError(f"a number of tokens such as 8192, 8k (8000) or 8K (8192), or auto, is wanted, but it is {text!r}")
-    return int(value)
-
-
-def json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f"a JSON object is wanted, but {text!r} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"a JSON object is wanted, but it is {text!r}")
-    return value
-
-
-def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """Reads an int from `low` to `high`."""
-
-    def read(text: str) -> int:
-        wanted = f"a whole number from {low}" + ("" if high is None else f" to {high}")
+    def keys(self) -> tuple[str, ...]:
+        """Every key, those in the file too: one a line, # begins a comment. Raises ConfigError if the file gives none."""
+        if self.api_key_file is None:
+            return self.api_key
         try:
-            value = int(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{wanted} is wanted, but it is {text!r}") from None
-        if value < low or (high is not None and value > high):
-            raise argparse.ArgumentTypeError(f"{wanted} is wanted, but it is {text}")
-        return value
-
-    return read
-
-
-def fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"a fraction above 0 and up to 1 is wanted, but it is {text!r}")
-    return value
-
-
-@dataclass(frozen=True)
-class Flag:
-    """`name` is the dataclass's field. kind: how to read the value, the values allowed, or "switch" for --name and --no-name."""
-
-    name: str
-    help: str
-    kind: Callable[[str], Any] | Sequence[str] | str = str
-    metavar: str | None = None
-    unset: str = "none"  # how --help calls a default of None
-    short: str | None = None
+            lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"--api-key-file {self.api_key_file} cannot be read: {error}") from None
+        found = [key for line in lines if (key := line.partition("#")[0].strip())]
+        if not found:
+            raise ConfigError(f"--api-key-file {self.api_key_file} holds no key: write one a line")
+        return (*self.api_key, *found)
 
 
 SERVER = {
     "Server": [
         Flag("host", "Address to listen on; 0.0.0.0 answers other machines too.", metavar="ADDRESS"),
         Flag("port", "Port to listen on; 0 takes a free one.", whole(0, 65535), "PORT"),
-        Flag("api_key", "Serve only clients that send this key as their bearer token.", metavar="KEY", unset="everybody is served"),
         Flag("api_server_count", "Processes that speak HTTP; one streams some 20,000 tokens a second.", whole(1, 64), "COUNT"),
+        Flag("ssl_certfile", "Certificate in PEM, with its chain; serves https.", metavar="FILE"),
+        Flag("ssl_keyfile", "The certificate's private key, if it is in a file of its own.", metavar="FILE"),
+        Flag("ssl_ca_certs", "Serve only clients with a certificate signed by one of these.", metavar="FILE"),
+    ],
+    "Who is served": [
+        Flag("api_key", "Serve only clients that send this key, or one of several.", "list", "KEY", unset="everybody is served"),
+        Flag("api_key_file", "File with one key a line.", metavar="FILE"),
+        Flag("allowed_origins", "Web origins whose pages may call the server; * is all.", "list", "ORIGIN"),
+        Flag("allowed_methods", "HTTP methods such pages may use.", "list", "METHOD"),
+        Flag("allowed_headers", "HTTP headers such pages may send.", "list", "HEADER"),
+        Flag("allow_credentials", "Let such pages send cookies.", "switch"),
+    ],
+    "Limits and faults": [
+        Flag("strict", "Refuse unknown fields in place of naming them in a header.", "switch"),
+        Flag("max_body_bytes", "Largest request body: 32M, 500k.", human_bytes, "BYTES"),
+        Flag("receive_timeout", "Seconds in which a request must have arrived.", seconds, "SECONDS"),
+        Flag("shutdown_timeout", "Seconds that running requests get to end after a stop signal.", seconds, "SECONDS"),
+        Flag("restart_engine", "Start the engine again when its process dies, in place of exiting.", "switch"),
+    ],
+    "Watching": [
         Flag("enable_log_requests", "Log a line for every request when it ends.", "switch"),
+        Flag("otlp_traces_endpoint", "Send OpenTelemetry spans to this URL, over HTTP; needs jaxllm[otel].", metavar="URL"),
+        Flag("enable_admin_routes", "Offer /reset_prefix_cache, /start_profile and /stop_profile.", "switch"),
+        Flag("profile_dir", "Folder that profiles are written to.", metavar="FOLDER"),
     ],
 }
 ENGINE = {
@@ -114,6 +100,7 @@ ENGINE = {
             "TOKENS",
             "the model's limit",
         ),
+        Flag("disable_log_stats", "No log line with the engine's figures every 10 s.", "switch"),
         Flag("max_logprobs", "Most log-probabilities a request may ask for at each token.", whole(0), "COUNT"),
         Flag("seed", "Seed of requests that bring none, and of dummy weights.", whole(0), "SEED"),
         Flag("enforce_eager", "Start quickly with few compiled sizes, at the price of speed.", "switch"),
@@ -135,77 +122,24 @@ ENGINE = {
         Flag("enable_prefix_caching", "Keep finished prompts' pages for prompts that begin alike.", "switch"),
     ],
     "Batching": [
+        Flag("scheduling_policy", "Who is served first: who came first, or the request's priority.", SCHEDULING_POLICIES),
+        Flag("max_num_queued_reqs", "Most sequences that may wait for a row; further requests get a 429.", whole(0), "COUNT", "no limit"),
         Flag("max_num_seqs", "Most sequences that run at once.", whole(1), "COUNT", "from memory and device"),
         Flag("max_num_batched_tokens", "Most tokens in one step.", whole(1), "TOKENS", "from memory and device"),
     ],
 }
 
 
-def add_flags(parser: argparse.ArgumentParser, groups: dict[str, list[Flag]], owner: type) -> None:
-    """Every flag of `groups`; the namespace gets `owner`'s field names."""
-    defaults = {field.name: _default(field) for field in fields(owner)}
-    for title, flags in groups.items():
-        group = parser.add_argument_group(title)
-        for flag in flags:
-            _add_flag(group, flag, defaults[flag.name])
-
-
-def _default(field: Field) -> Any:
-    return field.default if field.default_factory is MISSING else field.default_factory()
-
-
-def _add_flag(group: argparse._ArgumentGroup, flag: Flag, default: Any) -> None:
-    spelling = "--" + flag.name.replace("_", "-")
-    names = [spelling] if flag.short is None else [spelling, flag.short]
-    if flag.kind == "switch":
-        shown = "on" if default else "off"
-        action: Any = argparse.BooleanOptionalAction
-        group.add_argument(*names, dest=flag.name, action=action, default=default, help=f"{flag.help} Default: {shown}.")
-        return
-    shown = flag.unset if default in (None, {}) else default
-    kind: dict[str, Any] = {"type": flag.kind} if callable(flag.kind) else {"choices": flag.kind}
-    # % is argparse's own sign in a help text.
-    text = f"{flag.help} Default: {shown}.".replace("%", "%%")
-    group.add_argument(*names, dest=flag.name, default=default, metavar=flag.metavar, help=text, **kind)
-
-
-def values(args: argparse.Namespace, owner: type) -> dict[str, Any]:
-    """What `args` says about `owner`'s fields."""
-    return {field.name: getattr(args, field.name) for field in fields(owner)}
-
-
-class Parser(argparse.ArgumentParser):
-    """Takes --some_flag for --some-flag, as vLLM does; meets an unknown flag with the nearest known one."""
-
-    def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        args, unknown = self.parse_known_args([_dashes(arg) for arg in argv])
-        if unknown:
-            self._refuse(next((arg for arg in unknown if arg.startswith("-")), unknown[0]))
-        return args
-
-    def _refuse(self, arg: str) -> NoReturn:
-        if not arg.startswith("-"):
-            self.error(f"there is no place for the argument {arg!r}")
-        name = arg.partition("=")[0]
-        near = difflib.get_close_matches(name, self._option_string_actions, n=1)
-        hint = f"; did you mean {near[0]}?" if near else f"; {self.prog} --help lists what there is"
-        self.error(f"there is no option {name}{hint}")
-
-
-def _dashes(arg: str) -> str:
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
 def server_parser() -> Parser:
     """`jaxllm serve`: positional MODEL or --model, then the flags of ServerOptions and EngineConfig."""
-    parser = Parser(prog="jaxllm serve", usage="jaxllm serve [MODEL] [options]", description="Serve a model over OpenAI's HTTP API.")
+    parser = Parser(
+        prog="jaxllm serve",
+        usage="jaxllm serve [MODEL] [options]",
+        description="Serve a model over OpenAI's HTTP API. Every option may also stand in the --config file or in an environment variable: "
+        "JAXLLM_MAX_MODEL_LEN is --max-model-len. The command line comes first, then the file, then the environment.",
+    )
     parser.add_argument("model_argument", nargs="?", metavar="MODEL", help="Model folder or Hub id. Default: the model in the package.")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with options by name, such as max-model-len: 8k. Default: none.")
     add_flags(parser, SERVER, ServerOptions)
     parser.add_argument("--disable-log-requests", dest="enable_log_requests", action="store_false", help=argparse.SUPPRESS)
     add_flags(parser, ENGINE, EngineConfig)
@@ -227,7 +161,10 @@ def convert_parser() -> Parser:
 
 
 def read(argv: Sequence[str]) -> tuple[EngineConfig, ServerOptions]:
-    """The two option sets that `argv` asks for. Exits with a sentence, as argparse does, for what it refuses."""
+    """The two option sets that `argv`, the --config file and the environment ask for.
+
+    Exits with a sentence, as argparse does, for what it refuses.
+    """
     parser = server_parser()
     args = parser.parse(argv)
     if args.model_argument is not None:
@@ -236,4 +173,6 @@ def read(argv: Sequence[str]) -> tuple[EngineConfig, ServerOptions]:
         args.model = args.model_argument
     if args.trust_remote_code:
         parser.error("--trust-remote-code is not supported: jaxllm never runs code from a checkpoint; use a model that it knows itself")
+    if args.ssl_certfile is None and (args.ssl_keyfile or args.ssl_ca_certs):
+        parser.error("--ssl-keyfile and --ssl-ca-certs are of no use without --ssl-certfile")
     return EngineConfig(**values(args, EngineConfig)), ServerOptions(**values(args, ServerOptions))

@@ -1,41 +1,37 @@
-"""What clients send and how they are refused: the request bodies, the one error shape, and the way from a body to SamplingParams.
+"""What clients send: how a body is read and refused, the sampling fields that all generating routes share, and the way to SamplingParams.
 
 Bodies are validated strictly, straight from the bytes (a string is not a number, NaN is not a number). Fields outside the models are
-sorted by `parse`: one that we know and do not honour is refused, one that nobody knows is accepted and reported to the caller. What only
-the engine can judge (the vocabulary, the largest logprobs) is left to `engine.check`.
+sorted by `parse`: one that we know and do not honour is refused, one that nobody knows is accepted and reported to the caller, or refused
+where the server is strict. What only the engine can judge (the vocabulary, the largest logprobs) is left to `engine.check`.
 """
 
 import asyncio
 import reprlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import fields
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema
 
 from jaxllm.config import EngineConfig
-from jaxllm.request import Logprob, Request, RequestError, SamplingParams, TokenLogprobs
+from jaxllm.request import Logprob, Request, RequestError, SamplingParams, Stats, TokenLogprobs
+from serving.errors import ApiError
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-_ERROR_TYPES = {
-    400: "BadRequestError",
-    401: "AuthenticationError",
-    404: "NotFoundError",
-    405: "MethodNotAllowedError",
-    500: "InternalServerError",
-    503: "ServiceUnavailableError",
-}
+Strings = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]
 _SHORT = reprlib.Repr(maxlevel=2, maxstring=60, maxother=60, maxlong=40)
 MAX_STOP = 32  # stop strings a request may have: each is looked for after every token
 
 
 class EngineLike(Protocol):
-    """What the server asks of an engine, be it in this process or a test's fake."""
+    """What the server asks of an engine, be it in this process, in another, or a test's fake."""
 
     @property
     def tokenizer(self) -> Any: ...
     @property
     def max_model_len(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
     @property
     def model_name(self) -> str: ...
     @property
@@ -47,149 +43,127 @@ class EngineLike(Protocol):
     @property
     def healthy(self) -> bool: ...
     def check(self, request: Request) -> None: ...
-    def generate(self, request: Request) -> Any: ...  # an async generator of Output; closing it aborts the request
+    def generate(self, request: Request) -> Any: ...  # an async generator: closing it aborts the request
+    def stats(self) -> Stats | Awaitable[Stats]: ...
+    def forget(self) -> Awaitable[None] | None: ...
+    def profile(self, folder: str | None) -> Awaitable[None] | None: ...  # starts one, or ends it; RuntimeError if that cannot be
     def close(self) -> None: ...
 
 
-class ApiError(Exception):
-    """An answer other than 200, in OpenAI's shape. `code` is a word that clients match on; most errors have none."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    @property
-    def body(self) -> dict:
-        kind = _ERROR_TYPES.get(self.status, "APIError")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+def said(what: str, **limits: Any) -> Any:
+    """An optional field, and the sentence that /docs and docs/server.md say of it. None, like an absent field, means the default."""
+    return Field(default=None, description=what, **limits)
 
 
-class SamplingBody(BaseModel):
-    """The fields that both completion routes share. None, like an absent field, means the default."""
+class Body(BaseModel):
+    """What all bodies have.
+
+    refused: fields we know and do not honour, each with the values that ask for nothing; None always does. harmless: known, and without
+    any effect on the answer by their own definition.
+    """
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    refused: ClassVar[dict[str, tuple]] = {}
+    harmless: ClassVar[frozenset[str]] = frozenset({"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 
-    model: str | None = None
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    max_tokens: Int | None = None
-    n: Int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: Int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    seed: Int | None = None
-    min_tokens: Int | None = None
-    stop: Any = None  # a string or a list of them: see _stop_strings
-    stop_token_ids: list[Int] | None = None
-    ignore_eos: bool | None = None
-    include_stop_str_in_output: bool | None = None
-    logit_bias: dict[Int, Annotated[float, Field(ge=-100, le=100)]] | None = None
-    prompt_logprobs: Int | None = None
-    skip_special_tokens: bool | None = None
+    model: str | None = said("The served model's name; any other is a 404.")
+
+
+class PromptBody(Body):
+    """What every body has that becomes a prompt."""
+
+    truncate_prompt_tokens: Int | None = said("Keep only so many of the prompt's last tokens; -1: as many as fit.", ge=-1)
+    priority: Int | None = said("The smallest is served first, under --scheduling-policy priority.")
+    cache_salt: str | None = said("Share cached pages only with prompts of the same salt.")
+
+
+class DrawingBody(PromptBody):
+    """How tokens are drawn, on every route that generates: OpenAI's fields and vLLM's."""
+
+    temperature: float | None = said("0 takes the likeliest token; up to 2.")
+    top_p: float | None = said("Draw from the likeliest tokens that have this probability together.")
+    top_k: Int | None = said("Draw from so many likeliest tokens; 0 and -1 are off.")
+    min_p: float | None = said("Draw from tokens at least so likely, as a fraction of the likeliest one's probability.")
+    presence_penalty: float | None = said("Lowers every token that was produced already, once.")
+    frequency_penalty: float | None = said("Lowers every token by how often it was produced.")
+    repetition_penalty: float | None = said("Divides the logits of tokens in prompt and answer; 1 is off.")
+    seed: Int | None = said("Makes sampling repeatable, whatever else is in the batch.")
+    min_tokens: Int | None = said("No end before so many tokens.")
+    stop_token_ids: list[Int] | None = said("Token ids that end the answer.")
+    ignore_eos: bool | None = said("Go on after the model's own end token.")
+    include_stop_str_in_output: bool | None = said("Keep the stop string in the text.")
+    logit_bias: dict[Int, Annotated[float, Field(ge=-100, le=100)]] | None = said("Token id to what is added to its logit.")
+    allowed_token_ids: list[Int] | None = said("Draw no other token.")
+    bad_words: list[str] | None = said("Texts that must not be drawn.")
+    skip_special_tokens: bool | None = said("Leave special tokens out of the text.")
+    spaces_between_special_tokens: bool | None = said("Has no effect: this server's detokenizers put no spaces there.")
+    stream: bool | None = said("Send the answer token by token, as server-sent events.")
+
+    refused: ClassVar[dict[str, tuple]] = {
+        "documents": (),
+        "guided_choice": (),
+        "guided_grammar": (),
+        "guided_json": (),
+        "guided_regex": (),
+        "kv_transfer_params": (),
+        "length_penalty": (1,),
+        "logprob_token_ids": ([],),
+        "mm_processor_kwargs": ({},),
+        "repetition_detection": (),
+        "request_id": (),
+        "stream_interval": (1,),
+        "structured_outputs": (),
+        "thinking_token_budget": (),
+        "truncation_side": ("left",),
+        "use_beam_search": (False,),
+        "vllm_xargs": ({},),
+    }
+
+
+class SamplingBody(DrawingBody):
+    """What the two completion routes share."""
+
+    stream_options: dict[str, Any] | None = said("With stream: include_usage and continuous_usage_stats, each true or false.")
+    max_tokens: Int | None = said("Tokens to generate at most.")
+    n: Int | None = said("How many continuations of each prompt.")
+    stop: Strings | None = said(f"Strings that end the answer, {MAX_STOP} at most.")
+    prompt_logprobs: Int | None = said("Log-probabilities of the prompt: so many likeliest tokens at each place. Not with stream.")
+    return_tokens_as_token_ids: bool | None = said('Write the tokens of logprobs as "token_id:N".')
+    return_token_ids: bool | None = said("Give the ids of prompt and answer beside their text.")
 
     @property
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.get("include_usage"))
 
-
-class CompletionBody(SamplingBody):
-    """POST /v1/completions."""
-
-    prompt: Any = None  # str | [str] | [int] | [[int]]: see completions.parse_prompt
-    echo: bool | None = None
-    logprobs: Int | None = None
-    best_of: Int | None = None
-    add_special_tokens: bool | None = None
+    @property
+    def continuous_usage(self) -> bool:
+        return bool(self.stream_options and self.stream_options.get("continuous_usage_stats"))
 
 
-class ChatBody(SamplingBody):
-    """POST /v1/chat/completions."""
+def parse[B: Body](kind: type[B], raw: bytes, strict: bool = False) -> tuple[B, list[str]]:
+    """The body and the names of its unknown fields, of which there are none if `strict`.
 
-    messages: list[dict[str, Any]] | None = None
-    max_completion_tokens: Int | None = None
-    logprobs: bool | None = None
-    top_logprobs: Int | None = None
-    add_generation_prompt: bool | None = None
-    continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-
-
-# Fields we know and do not honour, each with the values that ask for nothing; None always does.
-_REFUSED_EVERYWHERE: dict[str, tuple] = {
-    "allowed_token_ids": (),
-    "bad_words": ([],),
-    "cache_salt": (),
-    "documents": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "kv_transfer_params": (),
-    "length_penalty": (1,),
-    "logprob_token_ids": ([],),
-    "mm_processor_kwargs": ({},),
-    "priority": (0,),
-    "repetition_detection": (),
-    "request_id": (),
-    "return_token_ids": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "spaces_between_special_tokens": (True,),
-    "stream_interval": (1,),
-    "structured_outputs": (),
-    "thinking_token_budget": (),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
-    "use_beam_search": (False,),
-    "vllm_xargs": ({},),
-}
-REFUSED: dict[type, dict[str, tuple]] = {
-    CompletionBody: _REFUSED_EVERYWHERE | {"prompt_embeds": (), "response_format": ({"type": "text"},), "suffix": ("",)},
-    ChatBody: _REFUSED_EVERYWHERE
-    | {
-        # The template writes the special tokens; adding them once more would double the first.
-        "add_special_tokens": (False,),
-        "audio": (),
-        "chat_template": (),
-        "echo": (False,),
-        "function_call": ("none",),
-        "functions": (),
-        "metadata": ({},),
-        "modalities": (["text"],),
-        "parallel_tool_calls": (),
-        "prediction": (),
-        "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "tool_choice": ("none",),
-        "tools": (),
-        "verbosity": (),
-        "web_search_options": (),
-    },
-}
-# Known, and without any effect on the answer by their own definition.
-_HARMLESS = {"user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "include_reasoning"}
-
-
-def parse[Body: SamplingBody](kind: type[Body], raw: bytes) -> tuple[Body, list[str]]:
-    """The body and the names of its unknown fields. Raises ApiError 400 for what is malformed, RequestError for what is not honoured."""
+    Raises ApiError 400 for what is malformed, RequestError for what is not honoured.
+    """
     try:
         body = kind.model_validate_json(raw)
     except ValidationError as error:
         raise _malformed(error) from None
     ignored = []
     for name, value in (body.model_extra or {}).items():
-        neutral = REFUSED[kind].get(name)
+        neutral = kind.refused.get(name)
         if neutral is not None:
             if value is not None and value not in neutral:
                 raise RequestError(f"`{name}` is not supported by this server yet: leave it out{_or_one_of(neutral)}", name)
-        elif name not in _HARMLESS:
+        elif name not in kind.harmless:
             ignored.append(name)
-    return body, ignored + _check_stream_options(body)
+    if isinstance(body, SamplingBody):
+        ignored += _check_stream_options(body)
+    if strict and ignored:
+        raise RequestError(
+            f"`{_SHORT.repr(ignored[0])[1:-1]}` is no field of this route, and this server refuses unknown fields", ignored[0]
+        )
+    return body, ignored
 
 
 def _or_one_of(neutral: tuple) -> str:
@@ -198,16 +172,15 @@ def _or_one_of(neutral: tuple) -> str:
 
 def _check_stream_options(body: SamplingBody) -> list[str]:
     """Names of the unknown options. Raises RequestError for options that cannot be honoured."""
+    known = ("include_usage", "continuous_usage_stats")
     if body.stream_options is None:
         return []
     if not body.stream:
         raise RequestError("`stream_options` is only allowed when `stream` is true", "stream_options")
-    for name in ("include_usage", "continuous_usage_stats"):
+    for name in known:
         if not isinstance(body.stream_options.get(name, False), bool | None):
             raise RequestError(f"`stream_options.{name}` must be true or false", f"stream_options.{name}")
-    if body.stream_options.get("continuous_usage_stats"):
-        raise RequestError("`stream_options.continuous_usage_stats` is not supported by this server yet: leave it out", "stream_options")
-    return [f"stream_options.{name}" for name in body.stream_options if name not in ("include_usage", "continuous_usage_stats")]
+    return [f"stream_options.{name}" for name in body.stream_options if name not in known]
 
 
 def _malformed(error: ValidationError) -> ApiError:
@@ -243,13 +216,25 @@ def fit(engine: EngineLike, prompt_tokens: int, max_tokens: int | None) -> int:
     return room if max_tokens is None else min(max_tokens, room)
 
 
-def sampling_params(engine: EngineLike, body: SamplingBody, max_tokens: int, logprobs: int | None, **changes: Any) -> SamplingParams:
+def truncated(engine: EngineLike, body: PromptBody, ids: Sequence[int], max_tokens: int | None) -> tuple[int, ...]:
+    """The last tokens of the prompt, as many as `truncate_prompt_tokens` says. -1 leaves room for `max_tokens`."""
+    keep = body.truncate_prompt_tokens
+    if keep is None:
+        return tuple(ids)
+    if keep == 0:
+        raise RequestError("`truncate_prompt_tokens` of 0 leaves no prompt: send at least 1, or -1", "truncate_prompt_tokens")
+    if keep == -1:
+        keep = max(engine.max_model_len - max(max_tokens or 1, 1), 1)
+    return tuple(ids[-keep:])
+
+
+def sampling_params(engine: EngineLike, body: DrawingBody, max_tokens: int, logprobs: int | None, **changes: Any) -> SamplingParams:
     """What the request says, over the model's own defaults. Raises RequestError for a value out of range."""
-    if body.prompt_logprobs is not None and body.stream:
+    given = {name: value for name in _SAMPLING if (value := getattr(body, name, None)) is not None}
+    if body.stream and "prompt_logprobs" in given:
         raise RequestError("`prompt_logprobs` is not available with `stream`: leave one of them out", "prompt_logprobs")
-    given = {name: value for name in _SAMPLING if (value := getattr(body, name)) is not None}
-    if body.stop is not None:
-        given["stop"] = _stop_strings(body.stop)
+    if isinstance(body, SamplingBody) and body.stop is not None:
+        given["stop"] = stop_strings(body.stop)
     return SamplingParams(**{**engine.default_params, **given, "max_tokens": max_tokens, "logprobs": logprobs, **changes})
 
 
@@ -257,13 +242,20 @@ def sampling_params(engine: EngineLike, body: SamplingBody, max_tokens: int, log
 _SAMPLING = (SamplingBody.model_fields.keys() & {field.name for field in fields(SamplingParams)}) - {"max_tokens", "stop"}
 
 
-def _stop_strings(stop: Any) -> tuple[str, ...]:
+def stop_strings(stop: Any, name: str = "stop") -> tuple[str, ...]:
+    """The strings of the field `name`. Raises RequestError for what are none, or too many."""
     strings = [stop] if isinstance(stop, str) else stop
     if not isinstance(strings, list) or not all(isinstance(s, str) for s in strings):
-        raise RequestError("`stop` must be a string or a list of strings", "stop")
+        raise RequestError(f"`{name}` must be a string or a list of strings", name)
     if len(strings) > MAX_STOP:
-        raise RequestError(f"`stop` holds {len(strings)} strings; at most {MAX_STOP} are allowed", "stop")
+        raise RequestError(f"`{name}` holds {len(strings)} strings; at most {MAX_STOP} are allowed", name)
     return tuple(strings)
+
+
+def make_request(id: str, ids: Sequence[int], params: SamplingParams, body: PromptBody, text: str | None = None) -> Request:
+    """The engine's request for one prompt of `body`."""
+    stream = bool(getattr(body, "stream", False))
+    return Request(id, tuple(ids), params, text, stream, priority=body.priority or 0, cache_salt=body.cache_salt)
 
 
 def tokenizer_of(engine: EngineLike) -> Any:

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import zmq
 import zmq.asyncio
 
 from jaxllm.config import EngineConfig
-from jaxllm.request import EngineDeadError, JaxllmError, Output, Request, RequestError, Stats
+from jaxllm.request import EngineDeadError, JaxllmError, Output, OverloadedError, Request, RequestError, Stats
 from jaxllm.source import load_tokenizer
 from serving import wire
 
@@ -90,7 +91,7 @@ class RemoteEngine:
         self.process = process or EngineProcess(config)
         self._queues: dict[str, asyncio.Queue[Output | Exception]] = {}
         self._requests: dict[str, Request] = {}
-        self._hellos: list[asyncio.Future[wire.Hello]] = []
+        self._asked: deque[asyncio.Future[wire.Reply]] = deque()
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task] = []
 
@@ -113,6 +114,11 @@ class RemoteEngine:
     @property
     def vocab_size(self) -> int:
         return self.limits.vocab_size
+
+    @property
+    def memory(self) -> "RemoteEngine":
+        """What outlives a request, see memory.Memory."""
+        return self
 
     @property
     def healthy(self) -> bool:
@@ -148,10 +154,28 @@ class RemoteEngine:
 
     async def stats(self) -> Stats:
         """The engine's figures of the moment."""
-        future = asyncio.get_running_loop().create_future()
-        self._hellos.append(future)
-        self._send(wire.Ask())
-        return (await future).stats
+        hello = await self._ask(wire.Ask())
+        assert isinstance(hello, wire.Hello)
+        return hello.stats
+
+    async def forget(self) -> None:
+        """Empties the prefix cache."""
+        await self._ask(wire.Forget())
+
+    async def profile(self, folder: str | None) -> None:
+        """Starts a profile in the folder, or (None) ends it. Raises RuntimeError if one runs already, or none does."""
+        done = await self._ask(wire.Profile(folder))
+        if isinstance(done, wire.Done) and done.error is not None:
+            raise RuntimeError(done.error)
+
+    async def keep(self, key: str, value: bytes | None) -> None:
+        """As memory.Memory, which this is: the engine's process keeps it."""
+        await self._ask(wire.Keep(key, value))
+
+    async def recall(self, key: str) -> bytes | None:
+        found = await self._ask(wire.Recall(key))
+        assert isinstance(found, wire.Recalled)
+        return found.value
 
     def close(self) -> None:
         """Ends the engine process. May be called twice."""
@@ -176,6 +200,12 @@ class RemoteEngine:
             assert isinstance(hello, wire.Hello)
             return hello
 
+    async def _ask(self, question: wire.Question) -> wire.Reply:
+        future = asyncio.get_running_loop().create_future()
+        self._send(question)
+        self._asked.append(future)
+        return await future
+
     def _send(self, message: msgspec.Struct) -> None:
         if not self.healthy:
             raise self._death()
@@ -196,11 +226,11 @@ class RemoteEngine:
                 case wire.Pieces(pieces):
                     for piece in pieces:
                         self._take(piece)
-                case wire.Refused(request_id, message, param):
-                    self._tell(request_id, RequestError(message, param))
-                case wire.Hello() as hello:
-                    if not (future := self._hellos.pop(0)).done():
-                        future.set_result(hello)
+                case wire.Refused(request_id, message, param, overloaded):
+                    self._tell(request_id, OverloadedError(message) if overloaded else RequestError(message, param))
+                case reply:
+                    if not (future := self._asked.popleft()).done():
+                        future.set_result(reply)
 
     def _take(self, piece: wire.Piece) -> None:
         request = self._requests.get(piece.request_id)
@@ -214,6 +244,7 @@ class RemoteEngine:
             piece.finished,
             piece.prompt_logprobs,
             piece.cached,
+            piece.embedding,
         )
         self._tell(request.id, output)
 
@@ -228,7 +259,7 @@ class RemoteEngine:
         log.error("%s", error)
         for outputs in self._queues.values():
             outputs.put_nowait(error)
-        for future in self._hellos:
+        for future in self._asked:
             if not future.done():
                 future.set_exception(error)
 

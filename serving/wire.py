@@ -1,6 +1,6 @@
 """What goes between API processes and the engine process: msgpack messages, tagged by their type's name.
 
-The prompt travels once, with the request; what comes back names the request only.
+The prompt travels once, with the request; what comes back names the request only. Questions are answered in the order they were asked.
 """
 
 from typing import Any
@@ -22,6 +22,29 @@ class Ask(msgspec.Struct, tag=True):
     """Wants a Hello, and with it the figures of the moment."""
 
 
+class Keep(msgspec.Struct, tag=True):
+    """Something to keep for later, or (None) to drop. Answered by Done."""
+
+    key: str
+    value: bytes | None
+
+
+class Recall(msgspec.Struct, tag=True):
+    """Wants what was kept, as Recalled."""
+
+    key: str
+
+
+class Forget(msgspec.Struct, tag=True):
+    """Empties the prefix cache. Answered by Done."""
+
+
+class Profile(msgspec.Struct, tag=True):
+    """Starts a profile in the folder, or (None) ends it. Answered by Done."""
+
+    folder: str | None
+
+
 class Hello(msgspec.Struct, tag=True):
     """What an API process must know about the engine."""
 
@@ -32,6 +55,16 @@ class Hello(msgspec.Struct, tag=True):
     stats: Stats
 
 
+class Recalled(msgspec.Struct, tag=True):
+    value: bytes | None
+
+
+class Done(msgspec.Struct, tag=True):
+    """error: why it could not be done."""
+
+    error: str | None = None
+
+
 class Piece(msgspec.Struct, array_like=True):
     """An Output without what its request already says."""
 
@@ -40,6 +73,7 @@ class Piece(msgspec.Struct, array_like=True):
     finished: bool
     cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 class Pieces(msgspec.Struct, tag=True):
@@ -49,11 +83,16 @@ class Pieces(msgspec.Struct, tag=True):
 
 
 class Refused(msgspec.Struct, tag=True):
+    """overloaded: the queue was full; otherwise it can never be served."""
+
     request_id: str
     message: str
     param: str | None
+    overloaded: bool = False
 
 
+Question = Ask | Keep | Recall | Forget | Profile
+Reply = Hello | Recalled | Done
 encode = msgspec.msgpack.Encoder().encode
-decode_question = msgspec.msgpack.Decoder(Add | Abort | Ask).decode
-decode_answer = msgspec.msgpack.Decoder(Hello | Pieces | Refused).decode
+decode_question = msgspec.msgpack.Decoder(Add | Abort | Question).decode
+decode_answer = msgspec.msgpack.Decoder(Reply | Pieces | Refused).decode

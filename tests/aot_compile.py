@@ -113,7 +113,7 @@ def step(
         decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
         return model_step(decoder, plan, target.mesh, implementation, bucket, *arrays[:-1])
 
-    ports = Ports.shapes(bucket.rows, model.vocab_size)
+    ports = Ports.shapes(bucket.rows, model, plan.dtype)
     sampling = Shape((65, FLOATS), dtype=jnp.float32), ints((65, INTS))
     args = tuple(leaves), cache, ints((65,)), ints((65, plan.max_pages)), *sampling, ints((packed_size(bucket),)), ports
     compiled, thunks = target.compile(run, *args, donate_argnums=(1, 2, 3, 7) if donate else (), keep_unused=True)

@@ -7,11 +7,22 @@ test see what became of a request. After 40 tokens it ends by itself, as a model
 import asyncio
 import hashlib
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from jaxllm.config import EngineConfig
-from jaxllm.request import Completion, EngineDeadError, Logprob, Output, Request, RequestError, SamplingParams
+from jaxllm.request import (
+    Completion,
+    EngineDeadError,
+    Limits,
+    Logprob,
+    Output,
+    OverloadedError,
+    Request,
+    RequestError,
+    SamplingParams,
+    Stats,
+)
+from jaxllm.vectors import unit
 
 BOS, EOS, START, END = 256, 257, 258, 259
 SPECIAL = {BOS: "<s>", EOS: "</s>", START: "<|im_start|>", END: "<|im_end|>"}
@@ -69,6 +80,9 @@ class FakeEngine:
         self.vocab_size = VOCAB
         self.healthy = True
         self.closed = False
+        self.forgotten = 0
+        self.profiling: str | None = None
+        self.queue_full = False
         self.fail_at: int | None = None  # the token at which every request meets a dead engine
         self.running: set[str] = set()
         self.aborted: list[str] = []
@@ -78,25 +92,27 @@ class FakeEngine:
         self.closed = True
         self.healthy = False
 
-    def stats(self) -> SimpleNamespace:
+    def stats(self) -> Stats:
         """The real engine's figures, as if a running request held one page of 256."""
         held = len(self.running)
-        return SimpleNamespace(running=held, waiting=0, pages=256, free=256 - held, cached=0, held=held)
+        return Stats(held, 0, 256, 256 - held, 0, held, 0, 0, 0, 0)
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+    def profile(self, folder: str | None) -> None:
+        if (folder is None) == (self.profiling is None):
+            raise RuntimeError("no profile runs" if folder is None else "a profile runs already")
+        self.profiling = folder
 
     def check(self, request: Request) -> None:
-        params = request.params
-        asked = {"prompt": request.prompt_token_ids, "logit_bias": params.logit_bias, "stop_token_ids": params.stop_token_ids}
-        for name, ids in asked.items():
-            if wrong := [t for t in ids if not 0 <= t < VOCAB]:
-                raise RequestError(f"{name} holds token {wrong[0]}, but the vocabulary has {VOCAB} tokens", name)
-        if not request.prompt_token_ids:
-            raise RequestError("The prompt is empty", "prompt")
-        for name in ("logprobs", "prompt_logprobs"):
-            if (getattr(params, name) or 0) > self.config.max_logprobs:
-                raise RequestError(f"{name} must be at most {self.config.max_logprobs}", name)
+        by_priority = self.config.scheduling_policy == "priority"
+        Limits(self.max_model_len, VOCAB, self.config.max_logprobs, self.tokenizer is not None, by_priority).check(request)
 
     async def generate(self, request: Request):
         self.check(request)
+        if self.queue_full:
+            raise OverloadedError("the queue is full")
         assert request.id not in self.running
         self.running.add(request.id)
         self.served.append(request)
@@ -112,7 +128,8 @@ class FakeEngine:
                 finished = all(run.done for run in runs)
                 prompt_logprobs = self._prompt_logprobs(request) if first else None
                 first = False
-                yield Output(request.id, request.prompt, request.prompt_token_ids, steps, finished, prompt_logprobs)
+                embedding = _embedding(request) if request.embed else None
+                yield Output(request.id, request.prompt, request.prompt_token_ids, steps, finished, prompt_logprobs, 0, embedding)
         finally:
             self.running.discard(request.id)
             if not all(run.done for run in runs):
@@ -146,11 +163,18 @@ class FakeEngine:
         return None if count is None else [None, *(self._logprobs(t, count) for t in request.prompt_token_ids[1:])]
 
 
+def _embedding(request: Request) -> tuple[float, ...]:
+    """Eight numbers made from the prompt."""
+    return unit(byte - 127.5 for byte in hashlib.sha256(repr(request.prompt_token_ids).encode()).digest()[:8])
+
+
 def _choose(request: Request, run: _Run, salt: int) -> int:
     params, position = request.params, len(run.ids)
     bias, token = max(((bias, token) for token, bias in params.logit_bias.items()), default=(0, 0))
     if bias > 0:
         return token
+    if params.allowed_token_ids is not None:
+        return params.allowed_token_ids[0]
     if not params.ignore_eos and position >= max(ENDS_AFTER, params.min_tokens):
         return EOS
     way = (0, 0) if params.greedy else (salt, run.index)

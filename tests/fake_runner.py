@@ -60,6 +60,8 @@ class FakeRunner:
             assert sequence.slot is not None
             self.tables[sequence.slot] = list(sequence.pages)
         for row in step.rows:
+            mask = row.sequence.mask
+            assert mask is None or not mask.changes or row.sequence.pending == row.samples, "a row ran before its last token was known"
             self._write(row)
         tokens = [0] * step.bucket.rows
         for i, row in enumerate(step.rows):

@@ -18,6 +18,7 @@ from fake_engine import FakeEngine
 
 from jaxllm.config import EngineConfig
 from serving.app import build_app
+from serving.connection import Connection
 from serving.options import ServerOptions
 from serving.run import bind
 
@@ -40,6 +41,7 @@ class Served:
     port: int
     http: httpx.Client
     key: str | None = None
+    app: Any = None
 
     @property
     def url(self) -> str:
@@ -71,9 +73,11 @@ class Served:
 @contextlib.contextmanager
 def serving(engine: Any, options: ServerOptions | None = None) -> Iterator[Served]:
     """`engine` behind a socket until the block ends; closing the engine is the caller's."""
-    options = options or ServerOptions(port=0)
+    options = options or ServerOptions()
     listener = bind(ServerOptions(port=0))
-    config = uvicorn.Config(build_app(engine, options), log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=2)
+    app = build_app(engine, options, getattr(engine, "memory", None))
+    http = type("Timed", (Connection,), {"receive_timeout": options.receive_timeout})
+    config = uvicorn.Config(app, http=http, ws="none", log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=2)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
     thread.start()
@@ -82,7 +86,7 @@ def serving(engine: Any, options: ServerOptions | None = None) -> Iterator[Serve
         assert server.started
         port = listener.getsockname()[1]
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, limits=httpx.Limits(max_connections=None)) as http:
-            yield Served(engine, port, http, options.api_key)
+            yield Served(engine, port, http, next(iter(options.api_key), None), app)
     finally:
         server.should_exit = True
         thread.join(10)

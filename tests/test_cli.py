@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import selectors
@@ -20,7 +21,8 @@ import jaxllm
 from jaxllm.config import EngineConfig
 from serving import options
 from serving.cli import main
-from serving.options import ServerOptions, human_length
+from serving.flags import human_length
+from serving.options import ServerOptions
 from serving.run import bind, url
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +51,10 @@ def test_every_option_has_a_flag_with_one_sentence(groups, owner):
     assert all(flag.help[0].isupper() and flag.help.endswith(".") and ". " not in flag.help and len(flag.help) < 100 for flag in flags)
 
 
-EVERY_FLAG = """--host ::1 --port 9 --api-key k --enable-log-requests --api-server-count 2
+EVERY_FLAG = """--host ::1 --port 9 --api-key k --api-key l --enable-log-requests --api-server-count 2 --api-key-file f
+    --allowed-origins '["a","b"]' --allowed-methods GET --allowed-headers x --allow-credentials --ssl-certfile c --ssl-keyfile y
+    --ssl-ca-certs z --strict --max-body-bytes 2M --receive-timeout 3 --shutdown-timeout 0.5 --restart-engine --enable-admin-routes
+    --profile-dir p --otlp-traces-endpoint http://t --scheduling-policy priority --max-num-queued-reqs 7 --disable-log-stats
     --model m --served-model-name s --tokenizer t --chat-template c
     --generation-config vllm --hf-overrides '{"a":1}' --dtype half --max-model-len 8K --max-logprobs 5 --seed 3 --enforce-eager
     --load-format dummy --revision r --download-dir d --device cpu --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --block-size 16
@@ -59,7 +64,29 @@ EVERY_FLAG = """--host ::1 --port 9 --api-key k --enable-log-requests --api-serv
 
 def test_every_flag_reaches_its_field():
     config, server = read(*shlex.split(EVERY_FLAG))
-    assert server == ServerOptions("::1", 9, "k", True, 2)
+    assert server == ServerOptions(
+        host="::1",
+        port=9,
+        api_server_count=2,
+        api_key=("k", "l"),
+        api_key_file="f",
+        allowed_origins=("a", "b"),
+        allowed_methods=("GET",),
+        allowed_headers=("x",),
+        allow_credentials=True,
+        ssl_certfile="c",
+        ssl_keyfile="y",
+        ssl_ca_certs="z",
+        strict=True,
+        max_body_bytes=2 * 2**20,
+        receive_timeout=3.0,
+        shutdown_timeout=0.5,
+        restart_engine=True,
+        enable_admin_routes=True,
+        profile_dir="p",
+        enable_log_requests=True,
+        otlp_traces_endpoint="http://t",
+    )
     expected = EngineConfig(
         model="m",
         served_model_name="s",
@@ -85,6 +112,9 @@ def test_every_flag_reaches_its_field():
         enable_prefix_caching=False,
         max_num_seqs=4,
         max_num_batched_tokens=64,
+        scheduling_policy="priority",
+        max_num_queued_reqs=7,
+        disable_log_stats=True,
     )
     assert config == expected
     untouched = {f.name for f in dataclasses.fields(EngineConfig) if getattr(config, f.name) == getattr(EngineConfig(), f.name)}
@@ -135,10 +165,65 @@ def test_human_lengths(text, tokens):
         (["--gpu-memory-utilization", "1.5"], "fraction"),
         (["--gpu-memory-utilization", "nan"], "fraction"),
         (["--tensor-parallel-size", "0"], "from 1"),
+        (["--max-body-bytes", "many"], "a number of bytes"),
+        (["--max-body-bytes", "0"], "a number of bytes"),
+        (["--shutdown-timeout", "0"], "seconds above 0"),
+        (["--receive-timeout", "inf"], "seconds above 0"),
+        (["--ssl-keyfile", "k"], "--ssl-certfile"),
     ],
 )
 def test_what_is_refused_is_refused_in_a_sentence(capsys, argv, says):
     assert says in refusal(capsys, *argv)
+
+
+def test_the_command_line_comes_before_the_file_and_the_file_before_the_environment(tmp_path, monkeypatch):
+    path = tmp_path / "options.yaml"
+    path.write_text(
+        "port: 1\nmax-model-len: 8k\napi_key: [a, b]\nstrict: true\nhf_overrides: {a: 1}\nenable-prefix-caching: false\nmodel: m\n"
+    )
+    for name, value in {"PORT": "2", "SEED": "3", "MAX_MODEL_LEN": "1", "RESTART_ENGINE": "yes", "API_KEY": '["c", "d"]'}.items():
+        monkeypatch.setenv(f"JAXLLM_{name}", value)
+    config, server = read("--config", str(path), "--max_model_len", "5")
+    assert (server.port, server.api_key, server.strict, server.restart_engine) == (1, ("a", "b"), True, True)
+    assert (config.max_model_len, config.seed, config.hf_overrides, config.enable_prefix_caching) == (5, 3, {"a": 1}, False)
+    assert config.model == "m" and read("other", "--config", str(path))[0].model == "other"
+    assert read()[1].api_key == ("c", "d") and read("--api-key", "e")[1].api_key == ("e",)
+    monkeypatch.setenv("JAXLLM_CONFIG", str(path))
+    assert read()[1].port == 1 and read("--port=7")[1].port == 7
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("prot: 1", "did you mean --port?"),
+        ("- port", "holds list"),
+        ("port: [", "cannot be read"),
+        ("port: x", "'x'"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_options_that_is_wrong(tmp_path, capsys, text, says):
+    path = tmp_path / "options.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert says in refusal(capsys, "--config", str(path))
+
+
+@pytest.mark.parametrize(("name", "value", "says"), [("STRICT", "maybe", "JAXLLM_STRICT must be one of"), ("PORT", "x", "'x'")])
+def test_an_environment_that_is_wrong(monkeypatch, capsys, name, value, says):
+    monkeypatch.setenv(f"JAXLLM_{name}", value)
+    assert says in refusal(capsys)
+
+
+def test_every_flag_can_come_from_the_environment(monkeypatch):
+    """Those of the whole command line above, in its own spelling."""
+    given = options.server_parser().parse(shlex.split(EVERY_FLAG))
+    for action in options.server_parser()._actions:
+        value = getattr(given, action.dest, None)
+        if action.option_strings and action.dest not in ("help", "config") and value not in (None, (), {}):
+            text = value if isinstance(value, str) else json.dumps(value)
+            monkeypatch.setenv(f"JAXLLM_{action.dest.upper()}", text)
+    assert read() == read(*shlex.split(EVERY_FLAG))
 
 
 def command(*argv, **kwargs):

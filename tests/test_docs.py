@@ -5,8 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import server_tables
 
 from jaxllm.config import EngineConfig
+from serving import exposition
 from serving.options import ServerOptions
 
 ROOT = Path(__file__).parent.parent
@@ -83,3 +85,15 @@ def test_the_readmes_flags_exist():
     table = re.findall(r"^\| (`-.+?) \| ", (ROOT / "README.md").read_text(), re.M)
     flags = {flag[2:].replace("-", "_") for row in table for flag in re.findall(r"`(--[\w-]+)`", row)}
     assert flags and flags <= fields, f"neither the engine's nor the server's: {sorted(flags - fields)}"
+
+
+def test_the_servers_tables_are_the_codes():
+    text = server_tables.PAGE.read_text()
+    assert server_tables.filled(text) == text, "docs/server.md is not what the code says: make docs"
+
+
+def test_the_dashboard_asks_for_metrics_that_there_are():
+    asked = set(re.findall(r"jaxllm:(\w+)", (ROOT / "docs" / "grafana.json").read_text()))
+    there = {*exposition.GAUGES, *(f"{name}_total" for name in exposition.COUNTERS), "request_success_total"}
+    there |= {f"{name}_bucket" for name in exposition.HISTOGRAMS}
+    assert asked and asked <= there, f"no such metrics: {sorted(asked - there)}"

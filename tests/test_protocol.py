@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 from server_fixtures import serving
 
 from jaxllm.request import RequestError, SamplingParams
-from serving.protocol import REFUSED, ApiError, ChatBody, CompletionBody, fit, parse, sampling_params
+from serving.errors import TYPES, ApiError
+from serving.protocol import fit, parse, sampling_params
+from serving.routes.chat import ChatBody
+from serving.routes.completions import CompletionBody
 
 ROUTES = {
     "/v1/completions": {"prompt": "Once", "max_tokens": 2},
@@ -34,7 +37,7 @@ def refused(response, status=400):
     body = response.json()
     assert set(body) == {"error"} and set(body["error"]) == {"message", "type", "param", "code"}
     assert body["error"]["message"] and isinstance(body["error"]["message"], str)
-    assert body["error"]["type"] == {400: "BadRequestError", 404: "NotFoundError", 405: "MethodNotAllowedError"}[status]
+    assert body["error"]["type"] == TYPES[status]
     return body["error"]
 
 
@@ -136,7 +139,7 @@ def test_messages_that_are_none(served, messages, says):
 @pytest.mark.parametrize("kind", [CompletionBody, ChatBody])
 def test_fields_we_know_and_do_not_honour(kind):
     """Every row of the table: something else than its neutral values is refused by name, its neutral values and null are not."""
-    for name, neutral in REFUSED[kind].items():
+    for name, neutral in kind.refused.items():
         with pytest.raises(RequestError, match=f"`{name}` is not supported") as caught:
             parse(kind, json.dumps({name: {"some": ["thing"]}}).encode())
         assert caught.value.param == name
@@ -158,7 +161,7 @@ def test_fields_we_know_and_do_not_honour(kind):
         {"chat_template_kwargs": {"chat_template": "x"}},
         {"chat_template_kwargs": {"self": "x"}},
         {"stream": True, "prompt_logprobs": 1},
-        {"stream": True, "stream_options": {"continuous_usage_stats": True}},
+        {"stream": True, "stream_options": {"continuous_usage_stats": "yes"}},
         {"stream": True, "stream_options": {"include_usage": "yes"}},
     ],
 )
@@ -249,7 +252,7 @@ def test_nothing_fits():
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
 VALUES = st.recursive(LEAVES, lambda of: st.lists(of, max_size=3) | st.dictionaries(st.text(max_size=3), of, max_size=3), max_leaves=6)
-FIELDS = st.sampled_from(sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *REFUSED[ChatBody], "unknown"}))
+FIELDS = st.sampled_from(sorted({*CompletionBody.model_fields, *ChatBody.model_fields, *ChatBody.refused, "unknown"}))
 
 
 @settings(max_examples=150, deadline=None)

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from jaxllm.core import Core
+from jaxllm.mask import TokenMask
 from jaxllm.pages import OutOfPages, PagePool, chain
 from jaxllm.plan import Bucket, Plan
-from jaxllm.request import Request, RequestError, SamplingParams
+from jaxllm.request import OverloadedError, Request, RequestError, SamplingParams
 from jaxllm.scheduler import Scheduler, Sequence
 
 VOCAB, EOS = 50, frozenset({7})
@@ -33,12 +34,12 @@ def make_plan(pages=12, rows=4, page_size=4, longest=40, chunk=8, small=4, prefi
     )
 
 
-def make_core(plan: Plan) -> Core:
-    return Core(FakeRunner(plan.page_size, VOCAB), plan, VOCAB, EOS, tokenizer=None)
+def make_core(plan: Plan, **options) -> Core:
+    return Core(FakeRunner(plan.page_size, VOCAB), plan, VOCAB, EOS, tokenizer=None, **options)
 
 
-def request(name: str, prompt, **params) -> Request:
-    return Request(name, tuple(prompt), SamplingParams(temperature=0, **params))
+def request(name: str, prompt, priority: int = 0, cache_salt: str | None = None, **params) -> Request:
+    return Request(name, tuple(prompt), SamplingParams(temperature=0, **params), priority=priority, cache_salt=cache_salt)
 
 
 class Listener:
@@ -69,11 +70,16 @@ class AnyOrder(RuleBasedStateMachine):
     """Adds, aborts and turns in any order, on a cache far too small for what is asked."""
 
     @initialize(
-        pages=st.integers(10, 16), rows=st.integers(2, 5), size=st.sampled_from([1, 4, 5]), small=st.integers(1, 6), prefix=st.booleans()
+        pages=st.integers(10, 16),
+        rows=st.integers(2, 5),
+        size=st.sampled_from([1, 4, 5]),
+        small=st.integers(1, 6),
+        prefix=st.booleans(),
+        by_priority=st.booleans(),
     )
-    def start(self, pages, rows, size, small, prefix):
+    def start(self, pages, rows, size, small, prefix, by_priority):
         self.plan = make_plan(pages=pages, rows=rows, page_size=size, longest=min(40, pages * size), chunk=8, small=small, prefix=prefix)
-        self.core = make_core(self.plan)
+        self.core = make_core(self.plan, by_priority=by_priority)
         self.asked: dict[str, tuple[Request, Listener]] = {}
 
     @rule(
@@ -83,13 +89,19 @@ class AnyOrder(RuleBasedStateMachine):
         n=st.sampled_from([1, 1, 1, 2, 3]),
         ignore_eos=st.booleans(),
         scored=st.sampled_from([None, None, None, 1]),
+        priority=st.integers(-1, 1),
+        salt=st.sampled_from([None, None, "a"]),
+        waits=st.booleans(),
     )
-    def add(self, start, length, answer, n, ignore_eos, scored):
+    def add(self, start, length, answer, n, ignore_eos, scored, priority, salt, waits):
         prompt = [(start + i) % VOCAB for i in range(min(length, self.plan.max_model_len - 1))]  # few beginnings: many shared pages
         name = f"r{len(self.asked)}"
         listener = Listener(n)
         asked = request(name, prompt, max_tokens=answer, n=n, ignore_eos=ignore_eos, prompt_logprobs=scored)
+        asked = replace(asked, priority=priority if self.core.limits.by_priority else 0, cache_salt=salt)
         self.core.add(asked, listener)
+        for each in self.core._live[name].answers if waits else ():
+            each.sequence.mask = TokenMask(None, [(0, 1)], VOCAB)  # the oracle's tokens heed no mask, only its waiting
         self.asked[name] = asked, listener
 
     @rule(which=st.integers(0, 100))
@@ -135,6 +147,68 @@ TestAnyOrder = AnyOrder.TestCase
 TestAnyOrder.settings = settings(
     max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
 )
+
+
+def test_the_smallest_priority_is_served_first_and_gives_way_last():
+    core = make_core(make_plan(pages=14, rows=2, prefix=False), by_priority=True)
+    ended: list[str] = []
+    for name, priority in (("a", 5), ("b", 5), ("late", 5), ("first", -1), ("middle", 0)):
+        asked = request(name, [1, 2, 3], priority, max_tokens=20, ignore_eos=True)
+        core.add(asked, lambda output: ended.append(output.request_id) if output.finished else None)
+        core.turn()
+    run_dry(core)
+    assert ended == ["a", "b", "first", "middle", "late"]
+    core = make_core(make_plan(pages=10, rows=4, prefix=False), by_priority=True)
+    ended.clear()
+    for name, priority in (("low", 1), ("high", 0)):
+        asked = request(name, [1, 2, 3], priority, max_tokens=30, ignore_eos=True)
+        core.add(asked, lambda output: ended.append(output.request_id) if output.finished else None)
+        core.turn()
+    run_dry(core)
+    assert core.stats().preemptions == 1 and ended == ["high", "low"]
+
+
+def test_prompts_of_different_salts_share_nothing():
+    core = make_core(make_plan(pages=12, rows=4))
+    for name, salt, cached in (("a", "x", 0), ("b", "y", 0), ("c", None, 0), ("d", "y", 8)):
+        core.add(request(name, range(9), cache_salt=salt, max_tokens=1), Listener())
+        before = core.stats().cached_tokens
+        run_dry(core)
+        assert core.stats().cached_tokens - before == cached
+    core.forget()
+    core.add(request("e", range(9), cache_salt="y", max_tokens=1), Listener())
+    run_dry(core)
+    assert core.stats().cached_tokens == 8 and core.stats().cached < 9
+
+
+def test_a_full_queue_refuses_and_counts_and_later_takes_again():
+    core = make_core(make_plan(rows=2), max_queued=1)
+    for i in range(3):
+        core.add(request(f"r{i}", [1], max_tokens=3, ignore_eos=True), Listener())
+    with pytest.raises(OverloadedError, match="2 would wait, and at most 1 may"):
+        core.add(request("r3", [1]), Listener())
+    run_dry(core)
+    with pytest.raises(OverloadedError):
+        core.add(request("many", [1], n=4), Listener(4))
+    core.add(request("r4", [1], n=3), Listener(3))
+    run_dry(core)
+    assert core.stats().ended == {"length": 4, "refused": 2}
+
+
+def test_what_is_counted_of_a_request():
+    core = make_core(make_plan())
+    core.add(request("a", range(9), max_tokens=5, ignore_eos=True), Listener())
+    core.add(request("b", range(3), max_tokens=7, ignore_eos=True, n=2), Listener(2))
+    run_dry(core)
+    core.add(request("c", range(3), max_tokens=7), Listener())
+    core.abort("c")
+    stats, found = core.stats(), core.stats().histograms
+    assert stats.ended == {"length": 2, "abort": 1} and stats.generation_tokens == 19
+    counts = {name: sum(histogram.counts) for name, histogram in found.items()}
+    assert counts["time_to_first_token_seconds"] == counts["request_queue_time_seconds"] == counts["request_prefill_time_seconds"] == 2
+    assert counts["e2e_request_latency_seconds"] == counts["request_prompt_tokens"] == 3
+    assert counts["inter_token_latency_seconds"] == 19 - 3 and found["request_generation_tokens"].total == 19
+    assert found["e2e_request_latency_seconds"].total >= found["time_to_first_token_seconds"].total > 0
 
 
 def test_a_page_that_is_taken_twice_is_caught_by_the_oracle():

@@ -131,7 +131,7 @@ def test_health_is_503_when_the_engine_is_not_well():
 
 @pytest.fixture(scope="module")
 def locked():
-    with serving(FakeEngine(), ServerOptions(port=0, api_key="the-key")) as served:
+    with serving(FakeEngine(), ServerOptions(port=0, api_key=("the-key",))) as served:
         yield served
 
 

@@ -5,15 +5,83 @@ Roles and further message fields are the template's to judge; this module makes 
 
 import time
 from collections.abc import AsyncGenerator
-from typing import Any
+from typing import Any, ClassVar
 from uuid import uuid4
 
+from fastapi import FastAPI
+from starlette.requests import Request as HttpRequest
+from starlette.responses import Response
+
 from jaxllm.request import Completion, Logprob, Output, Request, RequestError
-from serving.protocol import ChatBody, EngineLike, finite, fit, off_loop, prompt_logprobs_body, sampling_params, tokenizer_of
-from serving.stream import Frame, encode
+from serving import shapes
+from serving.context import Context
+from serving.errors import ApiError, encode
+from serving.frame import Frame
+from serving.openapi import documented
+from serving.protocol import (
+    EngineLike,
+    Int,
+    SamplingBody,
+    finite,
+    fit,
+    make_request,
+    off_loop,
+    prompt_logprobs_body,
+    said,
+    sampling_params,
+    tokenizer_of,
+    truncated,
+)
+from serving.stream import respond
+from serving.usage import Usage
 
 # What `chat_template_kwargs` may not set: names that have a meaning to us, not to the template.
 _RESERVED = {"self", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message", "tools", "documents"}
+
+
+class ChatBody(SamplingBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[dict[str, Any]] | None = said("The conversation: role and content each, content being text or a list of text parts.")
+    max_completion_tokens: Int | None = said("The newer name of max_tokens.")
+    logprobs: bool | None = said("Give each token's log-probability.")
+    top_logprobs: Int | None = said("With logprobs: so many likeliest tokens at each place.")
+    add_generation_prompt: bool | None = said("End the prompt with the beginning of an answer; on unless false.")
+    continue_final_message: bool | None = said("Go on with the last message in place of answering it.")
+    chat_template_kwargs: dict[str, Any] | None = said("Variables for the chat template, such as enable_thinking.")
+
+    refused: ClassVar[dict[str, tuple]] = {
+        **SamplingBody.refused,
+        # The template writes the special tokens; adding them once more would double the first.
+        "add_special_tokens": (False,),
+        "audio": (),
+        "chat_template": (),
+        "echo": (False,),
+        "function_call": ("none",),
+        "functions": (),
+        "metadata": ({},),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (),
+        "prediction": (),
+        "reasoning_effort": ("none",),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "tool_choice": ("none",),
+        "tools": (),
+        "verbosity": (),
+        "web_search_options": (),
+    }
+    harmless: ClassVar[frozenset[str]] = SamplingBody.harmless | {"include_reasoning"}
+
+
+def add(app: FastAPI, context: Context) -> None:
+    @app.post("/v1/chat/completions", **documented(ChatBody, shapes.ChatAnswer, events=True))
+    async def chat(http: HttpRequest) -> Response:
+        async def work(body: ChatBody) -> Response:
+            return await respond(http, context, await prepare(context, body), stream=bool(body.stream))
+
+        return await context.post(http, ChatBody, work)
 
 
 def parse_messages(messages: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
@@ -46,21 +114,27 @@ def _parse_content(content: Any, role: str, where: str) -> str:
     return "\n".join(part["text"] for part in content)  # a line each, as vLLM joins them
 
 
-async def prepare(engine: EngineLike, body: ChatBody, fingerprint: str) -> "ChatAnswer":
+async def prepare(context: Context, body: ChatBody) -> "ChatAnswer":
     """Everything checked and encoded, nothing started. Raises ApiError or RequestError."""
-    messages = parse_messages(body.messages)
-    tokenizer, options = tokenizer_of(engine), _template_options(body)
-    size = sum(len(message["content"]) for message in messages)
-    ids = await off_loop(size, lambda: tokenizer.chat(messages, **options))
-    params = sampling_params(engine, body, fit(engine, len(ids), _max_tokens(engine, body)), _logprobs(body))
-    answer = ChatAnswer(engine, body, fingerprint)
-    request = Request(answer.id, tuple(ids), params, stream=bool(body.stream))
+    engine, asked = context.engine, _max_tokens(context.engine, body)
+    ids = truncated(engine, body, await encode_messages(engine, parse_messages(body.messages), template_options(body)), asked)
+    params = sampling_params(engine, body, fit(engine, len(ids), asked), _logprobs(body))
+    answer = ChatAnswer(engine, body, context.fingerprint)
+    request = make_request(answer.id, ids, params, body)
     engine.check(request)
     answer.requests.append(request)
     return answer
 
 
-def _template_options(body: ChatBody) -> dict[str, Any]:
+async def encode_messages(engine: EngineLike, messages: list[dict[str, Any]], options: dict[str, Any]) -> list[int]:
+    """The conversation's token ids, through the chat template."""
+    tokenizer = tokenizer_of(engine)
+    size = sum(len(message["content"]) for message in messages)
+    return await off_loop(size, lambda: tokenizer.chat(messages, **options))
+
+
+def template_options(body: Any) -> dict[str, Any]:
+    """What a body with ChatBody's three template fields says to the chat template."""
     extra = body.chat_template_kwargs or {}
     if clash := sorted(_RESERVED & extra.keys()):
         raise RequestError(f"`chat_template_kwargs` must not set {clash[0]}", "chat_template_kwargs")
@@ -98,41 +172,51 @@ class ChatAnswer:
             "model": engine.model_name,
             "system_fingerprint": fingerprint,
         }
-        self._frame = Frame(self._head, body.include_usage)
+        self._frame = Frame(self._head, body.include_usage, body.continuous_usage)
 
     def streams(self, engine: EngineLike) -> list[AsyncGenerator[Output, None]]:
         return [engine.generate(request) for request in self.requests]
 
-    def whole(self, outputs: list[Output]) -> dict:
+    async def whole(self, outputs: list[Output], usage: Usage) -> dict:
         (output,) = outputs
-        body = {**self._head, "choices": [self._choice(completion) for completion in output.outputs]}
+        body = {**self._head, "choices": [self._choice(completion) for completion in output.outputs], "usage": usage.body()}
+        if self._body.return_token_ids:
+            body["prompt_token_ids"] = output.prompt_token_ids
         if self._body.prompt_logprobs is not None:
             body["prompt_logprobs"] = prompt_logprobs_body(output.prompt_logprobs)
         return body
 
     def _choice(self, completion: Completion) -> dict:
+        ids = {"token_ids": completion.token_ids} if self._body.return_token_ids else {}
         return {
             "index": completion.index,
             "message": {"role": "assistant", "content": completion.text, "refusal": None},
             "logprobs": self._logprobs(completion),
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
+            **ids,
         }
 
     def first(self, i: int, output: Output) -> bytes:
         """The role, once for every choice, before any text."""
         start = '"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null'
-        return b"".join(self._frame.choice(f'{{"index":{j},{start}}}') for j in range(self._body.n or 1))
+        if self._body.return_token_ids:
+            start += f',"prompt_token_ids":{encode(output.prompt_token_ids)}'
+        return b"".join(self._frame.choice(f'{{"index":{j},{start}}}') for j in range(1 if self._body.n is None else self._body.n))
 
-    def event(self, i: int, completion: Completion) -> bytes:
+    def event(self, i: int, completion: Completion, usage: Usage) -> bytes:
         logprobs = "null" if completion.logprobs is None else encode(self._logprobs(completion))
         end = "null" if completion.finish_reason is None else f'"{completion.finish_reason}","stop_reason":{encode(completion.stop_reason)}'
-        return self._frame.choice(
-            f'{{"index":{completion.index},"delta":{{"content":{encode(completion.text)}}},"logprobs":{logprobs},"finish_reason":{end}}}'
-        )
+        if self._body.return_token_ids:
+            end += f',"token_ids":{encode(completion.token_ids)}'
+        delta = f'"delta":{{"content":{encode(completion.text)}}}'
+        return self._frame.choice(f'{{"index":{completion.index},{delta},"logprobs":{logprobs},"finish_reason":{end}}}', usage)
 
-    def usage_event(self, usage: dict) -> bytes:
-        return self._frame.usage(usage)
+    async def last(self, usage: Usage) -> bytes:
+        return self._frame.last(usage)
+
+    def failed(self, error: ApiError) -> bytes:
+        return self._frame.failed(error)
 
     def _logprobs(self, completion: Completion) -> dict | None:
         """OpenAI's chat logprobs: each chosen token with the likeliest ones beside it."""
@@ -143,4 +227,5 @@ class ChatAnswer:
 
     def _token(self, logprob: Logprob) -> dict:
         # A token may be a part of a character: then only its bytes are exact.
-        return {"token": logprob.text, "logprob": finite(logprob), "bytes": list(self._tokenizer.token_bytes(logprob.token_id))}
+        text = f"token_id:{logprob.token_id}" if self._body.return_tokens_as_token_ids else logprob.text
+        return {"token": text, "logprob": finite(logprob), "bytes": list(self._tokenizer.token_bytes(logprob.token_id))}

@@ -1,0 +1,34 @@
+"""The tokens of one answer, counted as its outputs pass by, and the `usage` that OpenAI's answers say them in."""
+
+from jaxllm.request import Output
+
+
+class Usage:
+    def __init__(self, prompts: int):
+        self._prompt, self._cached = [0] * prompts, [0] * prompts
+        self.completion_tokens = 0
+        self.finish_reasons: list[str] = []
+
+    def add(self, i: int, output: Output) -> None:
+        self._prompt[i] = len(output.prompt_token_ids)
+        self._cached[i] = max(self._cached[i], output.num_cached_tokens)
+        for completion in output.outputs:
+            self.completion_tokens += len(completion.token_ids)
+            if completion.finish_reason is not None:
+                self.finish_reasons.append(completion.finish_reason)
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(self._prompt)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self._cached)
+
+    def body(self) -> dict:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
