@@ -117,10 +117,11 @@ class FewRows:
 Linears = OneRow | FewRows
 
 
-def linears_for(device: Any, rows: int, dtype: Any, products: Sequence[Product]) -> Linears | None:
+def linears_for(device: Any, rows: int, dtype: Any, products: Sequence[Product], *, trial: bool = False) -> Linears | None:
     """How a step of `rows` rows on one device runs layers of these products; None: by plain products, which XLA does best.
 
-    From 256 rows on, wide layers are bound by arithmetic, and XLA's own kernels are the better ones.
+    From 256 rows on, wide layers are bound by arithmetic, and XLA's own kernels are the better ones. trial: also by kernels that were
+    timed on a GPU, but whose numbers were compared with float64 in an interpreter only. No engine asks for those.
     """
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     if capability is None or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
@@ -129,7 +130,7 @@ def linears_for(device: Any, rows: int, dtype: Any, products: Sequence[Product])
         return OneRow()
     tiles = partial(few_rows_tile, device.device_kind, rows)
     arithmetic = rows >= 256 and max(p.inputs * p.features for p in products) > WIDE
-    if capability != "9.0" or rows not in matmul_sm90.ROWS or arithmetic:
+    if not trial or capability != "9.0" or rows not in matmul_sm90.ROWS or arithmetic:
         return None
     return FewRows(device.device_kind) if all(tiles(product) is not None for product in products) else None
 

@@ -159,7 +159,9 @@ def test_inside_shard_map():
     [
         ("9.0", {}, "sm90"),
         ("9.0", dict(head_dim=64, dtype="float16", page_size=16, group=7), "sm90"),
-        ("9.0", dict(page_size=128, group=16), "sm90"),
+        ("9.0", dict(page_size=128, group=4), "sm90"),
+        ("9.0", dict(page_size=128, group=16), "portable"),
+        ("9.0", dict(group=1), "portable"),
         ("9.0", dict(page_size=48), "portable"),
         ("9.0", dict(page_size=8), "portable"),
         ("9.0", dict(head_dim=256), "portable"),
