@@ -19,7 +19,7 @@ FP8 = "float8_e4m3fn"
 PROMPT = (5, 6, 7, 8, 9, 10, 30, 31, 32, 33, 34, 11)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=[], meta_fields=[])
+@partial(jax.tree_util.register_dataclass, data_fields=["patching"], meta_fields=[])
 class RoundingContext(DenseContext):
     """No cache, but keys and values as one would hold them in fp8."""
 
