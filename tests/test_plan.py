@@ -33,8 +33,8 @@ def test_a_page_of_llama_8b_takes_what_arithmetic_says():
 def test_memory_is_divided_and_nothing_is_promised_twice():
     made = plan()
     assert made.step_bytes is not None
-    ports = 4 * LLAMA.vocab_size * sum({b.rows for b in (*made.buckets, made.scored)})
-    state = 1025 * (3 * LLAMA.vocab_size + 4 * (made.max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
+    ports = 4 * (LLAMA.vocab_size + LLAMA.d_model) * sum({b.rows for b in (*made.buckets, made.scored)})
+    state = 1025 * (3 * LLAMA.vocab_size + LLAMA.vocab_size // 8 + 4 * (made.max_pages + 2 * MAX_BIAS + MAX_STOP_IDS + 16))
     pages = (made.num_pages + 1) * kv_page_bytes(LLAMA, 64, "bfloat16", 1)
     taken = WEIGHTS + made.step_bytes + ports + state + pages + SLACK
     assert H200.memory is not None and H200.memory - 8 * 2**20 <= taken <= H200.memory
