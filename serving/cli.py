@@ -1,7 +1,4 @@
-"""The `jaxllm` command: `serve`, `convert` and `bench`, each importing what it needs only when it runs.
-
-So help and mistakes answer at once.
-"""
+"""The `jaxllm` command: each of its commands imports what it needs only when it runs, so that help and mistakes answer at once."""
 
 import importlib
 import importlib.util
@@ -36,14 +33,23 @@ BENCHES = {  # each runs bench.NAME as a program
     "compare": "put results beside limits and vLLM's figures",
 }
 
-USAGE = """jaxllm serves language models over OpenAI's HTTP API.
-
-usage:
-  jaxllm serve [MODEL] [options]    serve a model; jaxllm serve --help lists the options
-  jaxllm convert MODEL FOLDER       write a model in the form that starts sharded; jaxllm convert --help
-  jaxllm bench NAME [options]       measure; jaxllm bench --help lists what there is
-  jaxllm --version                  print the version
-"""
+COMMANDS = {
+    "serve": ("[MODEL]", "Serve a model over OpenAI's HTTP API."),
+    "chat": ("", "Talk with a model that any OpenAI server serves."),
+    "complete": ("", "Let such a model continue texts."),
+    "run-batch": ("-i FILE -o FILE", "Answer every request of an OpenAI batch file, without a server."),
+    "convert": ("MODEL FOLDER", "Write a model in the form that starts sharded."),
+    "bench": ("NAME", "Measure; jaxllm bench --help lists what there is."),
+    "collect-env": ("", "Print what a bug report should say of this machine."),
+}
+USAGE = "\n".join(
+    [
+        "jaxllm serves language models over OpenAI's HTTP API.\n",
+        "usage: jaxllm COMMAND [options]; jaxllm COMMAND --help lists them\n",
+        *(f"  {f'{name} {arguments}':<26} {what}" for name, (arguments, what) in COMMANDS.items()),
+        f"  {'--version':<26} Print the version.\n",
+    ]
+)
 
 
 def main(argv: Sequence[str] | None = None, *, make_engine: "Callable[[EngineConfig], EngineLike] | None" = None) -> int:
@@ -55,10 +61,20 @@ def main(argv: Sequence[str] | None = None, *, make_engine: "Callable[[EngineCon
         print(f"jaxllm {__version__}")
     elif command == "serve":
         return serve(rest, make_engine or _make_engine)
+    elif command == "run-batch":
+        return run_batch(rest, make_engine or _make_engine)
+    elif command in ("chat", "complete"):
+        from serving import terminal
+
+        return terminal.main(command, rest)
     elif command == "convert":
         return convert(rest)
     elif command == "bench":
         return bench(rest)
+    elif command == "collect-env":
+        from serving import environment
+
+        return environment.main(rest)
     else:
         return _complain(f"there is no command {command!r}: jaxllm --help lists what there is", 2)
     return 0
@@ -142,6 +158,14 @@ def _serve(config: EngineConfig, options: ServerOptions, make_engine: "Callable[
                 run.serve_in_processes(engine, options, listener, start)
         finally:
             engine.close()
+
+
+def run_batch(argv: Sequence[str], make_engine: "Callable[[EngineConfig], EngineLike]") -> int:
+    """As serving.batch.main."""
+    from serving import batch
+
+    set_up_logging()
+    return batch.main(argv, make_engine)
 
 
 def _make_engine(config: EngineConfig) -> "EngineLike":

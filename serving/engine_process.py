@@ -7,8 +7,11 @@ the process that started it closes it or dies, and with a traceback in the log a
 
 import gc
 import logging
+import os
+import select
 import signal
 import sys
+import threading
 from dataclasses import replace
 
 import msgspec
@@ -122,11 +125,14 @@ def main(address: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the process that started this one decides
     set_up_logging()
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
+    loaded = threading.Event()
+    threading.Thread(target=_leave_if_orphaned, args=(sys.stdin.fileno(), loaded), daemon=True).start()
     try:
         parts = load_engine_parts(config)
     except JaxllmError as error:
         print(f"jaxllm: {error}", file=sys.stderr)
         return 1
+    loaded.set()
     with zmq.Context() as context, context.socket(zmq.ROUTER) as socket:
         socket.set_hwm(0)  # an API process that falls behind is its clients' loss, not a reason to drop or to wait
         socket.linger = 0
@@ -139,6 +145,13 @@ def main(address: str) -> int:
             log.exception("the engine stopped")
             return 1
     return 0
+
+
+def _leave_if_orphaned(stdin: int, loaded: threading.Event) -> None:
+    """Ends this process if stdin ends before it is loaded: who compiles looks at nothing else, for minutes."""
+    select.select([stdin], [], [])
+    if not loaded.is_set():
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,17 @@ def fraction(text: str) -> float:
     return value
 
 
+def number(text: str) -> float:
+    """Reads any finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"a number is wanted, but it is {text!r}")
+    return value
+
+
 def human_bytes(text: str) -> int:
     """Bytes: 1000, 500k (thousands), 32M (1024 * 1024s)."""
     try:

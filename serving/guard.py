@@ -28,7 +28,7 @@ class RequestIds:
             return await self._app(scope, receive, send)
         sent = _header(scope, b"x-request-id").decode("latin-1")
         request_id = sent if re.fullmatch(r"[\x21-\x7e]{1,128}", sent) else uuid4().hex
-        scope["state"]["request_id"] = request_id
+        scope.setdefault("state", {})["request_id"] = request_id
 
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":

@@ -171,8 +171,13 @@ def read(argv: Sequence[str]) -> tuple[EngineConfig, ServerOptions]:
         if args.model not in (None, args.model_argument):
             parser.error(f"two models are named, {args.model_argument} and --model {args.model}: name one")
         args.model = args.model_argument
-    if args.trust_remote_code:
-        parser.error("--trust-remote-code is not supported: jaxllm never runs code from a checkpoint; use a model that it knows itself")
+    refuse_remote_code(parser, args)
     if args.ssl_certfile is None and (args.ssl_keyfile or args.ssl_ca_certs):
         parser.error("--ssl-keyfile and --ssl-ca-certs are of no use without --ssl-certfile")
     return EngineConfig(**values(args, EngineConfig)), ServerOptions(**values(args, ServerOptions))
+
+
+def refuse_remote_code(parser: Parser, args: argparse.Namespace) -> None:
+    """Exits with a sentence if it is asked for."""
+    if args.trust_remote_code:
+        parser.error("--trust-remote-code is not supported: jaxllm never runs code from a checkpoint; use a model that it knows itself")

@@ -20,7 +20,7 @@ import pytest
 import jaxllm
 from jaxllm.config import EngineConfig
 from serving import options
-from serving.cli import main
+from serving.cli import COMMANDS, main
 from serving.flags import human_length
 from serving.options import ServerOptions
 from serving.run import bind, url
@@ -230,7 +230,7 @@ def command(*argv, **kwargs):
     return subprocess.run([sys.executable, "-m", "serving.cli", *argv], cwd=ROOT, capture_output=True, text=True, timeout=60, **kwargs)
 
 
-@pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"], ["--version"]])
+@pytest.mark.parametrize("argv", [["--help"], ["serve", "--help"], ["--version"], ["chat", "--help"], ["run-batch", "--help"]])
 def test_help_is_quick(argv, record_property):
     """Under half a second on an idle machine; the best of three may take twice that here, where others are at work."""
     times = []
@@ -246,7 +246,8 @@ def test_help_is_quick(argv, record_property):
 def test_help_and_mistakes_import_nothing_heavy():
     code = (
         "import contextlib, sys\nfrom serving.cli import main\n"
-        "for argv in (['--help'], ['serve', '--help'], ['serve', '--nope'], ['bench'], ['nope']):\n"
+        "for argv in (['--help'], ['serve', '--help'], ['serve', '--nope'], ['bench'], ['nope'], ['chat', '--help'],\n"
+        "             ['complete', '--nope'], ['run-batch'], ['collect-env', '--help']):\n"
         "    with contextlib.suppress(SystemExit): main(argv)\n"
         "heavy = {'jax', 'numpy', 'fastapi', 'pydantic', 'uvicorn', 'transformers', 'jinja2'} & sys.modules.keys()\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
@@ -261,6 +262,14 @@ def test_help_names_every_flag_with_its_default():
         assert f"--{flag.name.replace('_', '-')}" in said and flag.help in said
     assert all(f"{title}:" in said for title in (*options.SERVER, *options.ENGINE))
     assert "Default: 0.9." in said and "Default: everybody is served." in said and "Default: on." in said
+
+
+def test_help_names_every_command_with_one_sentence(capsys):
+    assert main(["--help"]) == 0
+    said = capsys.readouterr().out
+    for name, (_, sentence) in COMMANDS.items():
+        assert re.search(rf"^  {name} .*{re.escape(sentence)}$", said, re.M) and sentence.endswith(".") and ". " not in sentence
+        assert f'"{name}"' in (ROOT / "serving" / "cli.py").read_text().partition("def main")[2], f"{name} is listed, but not run"
 
 
 def test_version(capsys):

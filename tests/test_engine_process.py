@@ -188,6 +188,23 @@ def test_the_engine_process_does_not_outlive_who_started_it():
     raise AssertionError("the engine process is still there")
 
 
+def test_an_engine_process_that_loads_does_not_outlive_who_started_it():
+    program = (
+        "import sys, time, serving.engine_process as e\n"
+        "def load(config): print('loading', flush=True); time.sleep(60)\n"
+        "e.load_engine_parts = load; sys.exit(e.main('ipc:///tmp/never'))"
+    )
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(b"{}\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == b"loading\n"
+        time.sleep(0.1)
+        assert process.poll() is None
+        process.stdin.close()
+        assert process.wait(10) == 1
+
+
 def test_several_api_processes_share_one_engine_and_end_together():
     """As a user starts it: both processes answer, and when one dies the rest end too and say so by their status."""
     argv = ["--port", "0", "--api-server-count", "2", "--device", "cpu", "--max-num-seqs", "2", "--enforce-eager", "--max-model-len", "64"]
