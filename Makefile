@@ -21,7 +21,7 @@ endif
 comma := ,
 INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable
 
-.PHONY: serve test lint format docs fuzz soak clean
+.PHONY: serve test lint format docs fuzz soak clients clean
 
 serve: $(VENV)/.installed$(CUDA)
 	$(VENV)/bin/jaxllm serve $(MODEL) --port $(PORT) $(ARGS)
@@ -45,8 +45,11 @@ fuzz: $(VENV)/.installed-dev$(CUDA)
 soak: $(VENV)/.installed-dev$(CUDA)
 	$(VENV)/bin/python tests/soak.py $(ARGS)
 
+clients: $(VENV)/.installed-dev$(CUDA)
+	$(VENV)/bin/python tests/clients/run.py $(ARGS)
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) .clients build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/bin/python:
