@@ -9,6 +9,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.errors import ApiError, encode
 
+LINGER_S = 2  # how long a client that was refused may go on sending for nothing
 MAX_HEAD = 64 * 1024  # bytes of request line and headers: what proxies allow, and more than any client sends
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 
@@ -22,6 +23,7 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._head: int | None = 0  # bytes of the head so far; None once it is complete
         self._refusal: ApiError | None = None
+        self._refused = False
         self._clock: asyncio.TimerHandle | None = None
         self._start_clock()
 
@@ -30,6 +32,8 @@ class Connection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        if self._refused:
+            return
         if self._head is not None:
             self._head += len(data)
         super().data_received(data)
@@ -71,12 +75,20 @@ class Connection(HttpToolsProtocol):
         self._refuse(ApiError(408, f"The request did not arrive within {self.receive_timeout:g} s"))
 
     def _refuse(self, error: ApiError) -> None:
-        if self.transport.is_closing():
+        if self._refused or self.transport.is_closing():
             return
+        self._refused = True
         body = encode(error.body).encode()
         head = f"HTTP/1.1 {error.status} {_REASONS[error.status]}\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(head.encode() + b"connection: close\r\n\r\n" + body)
-        self.transport.close()
+        if not self.transport.can_write_eof():  # TLS
+            return self.transport.close()
+        if self.cycle is not None and not self.cycle.response_complete:  # who waits for the rest of this request need not
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        # Closed at once, the next byte that comes would be met by a reset, and whoever sends it might never see the answer.
+        self.transport.write_eof()
+        self.loop.call_later(LINGER_S, self.transport.close)
 
 
 def _too_large() -> ApiError:

@@ -1,184 +1,205 @@
-"""A server under load and abuse, for as long as one likes: `make soak ARGS="--minutes 10"`. Prints figures as JSON, and what broke.
+"""A server under faults, then under load and abuse for as long as one likes: `make soak`, `make soak ARGS="--only load --minutes 30"`.
 
-It starts `jaxllm serve` with the default model, sends many kinds of client at once, then looks at what is left: nothing may be held, nobody
-may wait for ever, and the memory of both processes must not grow after a warm-up.
+Sends many kinds of client at once, then looks at what is left: nothing may be held, nobody may wait for ever, and after a warm-up the
+memory of both processes must not grow. Prints figures as JSON, and what broke; the exit status is 1 if anything did.
+docs/reliability.md says what it has found.
 """
 
 import argparse
 import asyncio
 import json
 import os
+import platform
 import random
-import re
-import signal
-import subprocess
+import statistics
 import sys
 import time
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
+import faults
 import httpx
+from soak_server import SLOW_S, Server
 
-ROOT = Path(__file__).parent.parent
-SLOW_S = 60  # an answer that takes longer is stuck
-outcomes: Counter[str] = Counter()
-broken: list[str] = []
-
-
-def start(*flags: str) -> tuple[subprocess.Popen, str]:
-    argv = ["--port", "0", "--max-num-seqs", "32", "--receive-timeout", "5", "--max-num-queued-reqs", "40", *flags]
-    process = subprocess.Popen([sys.executable, "-m", "serving", *argv], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    found = re.search(r" at (http://\S+)/v1", process.stdout.readline())
-    assert found, "the server did not start"
-    return process, found[1]
+WARM_UP_S, WINDOW_S, EVERY_S = 120, 60, 5
+GROWTH = 2  # percent that memory may grow after the warm-up
+ABUSERS = 16  # one client in so many
+GOOD = ("answered", "streamed", "left", "refused", "429")  # how an outcome may begin
 
 
-def memory(process: subprocess.Popen) -> dict[str, int]:
-    """MiB of each process's own memory."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    found = {}
-    for pid in (str(process.pid), *children):
-        status = Path(f"/proc/{pid}/status").read_text()
-        kind = "engine" if "engine_process" in Path(f"/proc/{pid}/cmdline").read_text() else "server"
-        found[kind] = int(re.search(r"VmRSS:\s+(\d+)", status)[1]) // 1024  # pyright: ignore[reportOptionalSubscript]
-    return found
+def messages() -> list[dict[str, str]]:
+    return [{"role": "user", "content": "Once upon a time there was a dog. " * random.randint(1, 4)}]
 
 
-async def talk(client: httpx.AsyncClient, leave: bool) -> str:
-    """One stream, read to its end, or left in the middle."""
-    path = random.choice(["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
-    messages = [{"role": "user", "content": "Tell me a story " * random.randint(1, 5)}]
-    prompt = {"prompt": "Once"} if path == "/v1/completions" else {"input": "Hi"} if path == "/v1/responses" else {"messages": messages}
-    limit = "max_output_tokens" if path == "/v1/responses" else "max_tokens"
-    body = {**prompt, limit: random.randint(1, 80), "stream": True}
-    if path == "/v1/responses":
-        body["store"] = random.random() < 0.5
-    if path == "/v1/completions":
-        body |= random.choice([{}, {"n": 2}, {"logprobs": 3}, {"bad_words": ["time"]}, {"logit_bias": {"300": -5}}])
+def some_body() -> tuple[str, dict[str, Any]]:
+    """A route and a body for it."""
+    path = random.choice(["completions", "chat/completions", "responses", "messages", "embeddings", "score", "rerank", "tokenize"])
+    words = "Once upon a time " * random.randint(1, 8)
+    draw = {"max_tokens": random.randint(1, 80), "stream": random.random() < 0.7}
+    if path == "completions":
+        extra = random.choice([{}, {"n": 2}, {"logprobs": 3}, {"bad_words": ["time"]}, {"logit_bias": {"300": -5}}, {"echo": True}])
+        return "/v1/completions", {"prompt": words} | draw | extra | random.choice([{}, {"temperature": 0}, {"seed": 5}])
+    if path in ("chat/completions", "messages"):
+        return f"/v1/{path}", {"messages": messages()} | draw
+    if path == "responses":
+        return "/v1/responses", {"input": words, "max_output_tokens": draw["max_tokens"], "stream": draw["stream"]}
+    if path == "tokenize":
+        return "/tokenize", {"prompt": words}
+    return f"/v1/{path}", {
+        "embeddings": {"input": [words, "a dog"]},
+        "score": {"text_1": words, "text_2": ["a dog", "a cat"]},
+        "rerank": {"query": words, "documents": ["a dog", "a cat"]},
+    }[path]
+
+
+async def talk(client: httpx.AsyncClient) -> str:
+    """One request, read to its end, or left in the middle."""
+    path, body = some_body()
+    try:
+        return await ask(client, path, body)
+    except httpx.HTTPError as error:
+        return f"{path}: {error!r}"
+
+
+async def ask(client: httpx.AsyncClient, path: str, body: dict[str, Any]) -> str:
+    leaves = random.random() < 0.2
     async with client.stream("POST", path, json=body) as response:
         if response.status_code == 429:
             await asyncio.sleep(float(response.headers["retry-after"]) * random.random())
             return "429"
         if response.status_code != 200:
-            return f"{response.status_code} {(await response.aread()).decode()[:80]}"
-        last = ""
+            return f"{path}: {response.status_code} {(await response.aread()).decode()[:80]}"
+        if not body.get("stream"):
+            return await whole(client, path, await response.aread())
+        last, stored = "", ""
         async for line in response.aiter_lines():
             last = line or last
-            if leave and random.random() < 0.2:
+            if path == "/v1/responses" and '"response.created"' in line and line.startswith("data:"):
+                stored = json.loads(line[5:])["response"]["id"]
+            if leaves and random.random() < 0.2:
                 return "left"
-        ended = "[DONE]" in last or "message_stop" in last or "response." in last
-        return "streamed" if ended else f"cut off after {last[:80]}"
+    if stored:
+        await client.delete(f"/v1/responses/{stored}")
+    ended = "[DONE]" in last or "message_stop" in last or "response.completed" in last or "response.incomplete" in last
+    return "streamed" if ended else f"{path}: cut off after {last[:80]}"
 
 
-async def abuse(client: httpx.AsyncClient, host: str, port: int) -> str:
-    kind = random.choice(["deep", "utf8", "huge", "loris", "template", "long"])
-    sent = {"content-type": "application/json"}
-    if kind == "loris":
-        reader, writer = await asyncio.open_connection(host, port)
-        writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 50\r\n\r\n{")
-        answer = await reader.read()
-        writer.close()
-        return "loris told" if b" 408 " in answer else f"loris: {answer[:80]!r}"
-    content = {
-        "deep": b'{"prompt": ' + b"[" * 50_000 + b"]" * 50_000 + b"}",
-        "utf8": b'{"prompt": "\xff\xfe"}',
-        "huge": b" " * 100_000_000,
-        "template": b'{"messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"messages": 5}}',
-        "long": json.dumps({"prompt": "a " * 100_000}).encode(),
-    }[kind]
-    path = "/v1/chat/completions" if kind == "template" else "/v1/completions"
-    response = await client.post(path, content=content, headers=sent)
-    fits = response.status_code == (413 if kind == "huge" else 400) and set(response.json()) == {"error"}
-    return f"{kind} told" if fits else f"{kind}: {response.status_code} {response.text[:80]}"
+async def whole(client: httpx.AsyncClient, path: str, raw: bytes) -> str:
+    """Stored responses go again, so that what they hold, by design, is not taken for a leak."""
+    found = json.loads(raw)
+    if path == "/v1/responses":
+        again = await client.get(f"/v1/responses/{found['id']}")
+        gone = await client.delete(f"/v1/responses/{found['id']}")
+        if again.json()["output"] != found["output"] or gone.status_code != 200:
+            return f"{path}: stored as {again.text[:80]}"
+    return "answered"
 
 
-async def one_client(client: httpx.AsyncClient, until: float, abuser: bool, host: str, port: int) -> None:
+async def abuse(client: httpx.AsyncClient, server: Server) -> str:
+    if random.random() < 0.2:
+        found = await faults.loris(server.port, random.choice(["head", "body"]))
+        return "refused a slow client" if found == "408" else found
+    if random.random() < 0.3:
+        return f"left {await faults.leave(server.port)}"
+    if random.random() < 0.3:
+        route = random.choice(["/metrics", "/health", "/v1/models", "/load", "/version"])
+        response = await client.get(route)
+        return "answered" if response.status_code == 200 else f"{route}: {response.status_code}"
+    name = random.choice(list(faults.BODIES))
+    path, body, status, word = faults.BODIES[name]
+    found = await faults.send(server, path, body(), status, word)
+    return f"refused {name}" if found == str(status) else f"{name}: {found}"
+
+
+async def one_client(server: Server, client: httpx.AsyncClient, until: float, abuser: bool, outcomes: Counter[str]) -> None:
     while time.monotonic() < until:
         try:
             async with asyncio.timeout(SLOW_S):
-                outcome = await (abuse(client, host, port) if abuser else talk(client, leave=random.random() < 0.3))
+                outcome = await (abuse(client, server) if abuser else talk(client))
         except Exception as error:
             outcome = f"{type(error).__name__}: {error}"[:100]
         outcomes[outcome] += 1
-        if outcome.split()[-1] not in ("429", "left", "streamed", "told"):
-            broken.append(outcome)
-        await asyncio.sleep(0.2 if abuser else 0)
+        if not outcome.startswith(GOOD):
+            server.broken.append(outcome)
+        if abuser:
+            await asyncio.sleep(0.2)
 
 
-async def settle(client: httpx.AsyncClient) -> None:
-    for _ in range(100):
-        text = (await client.get("/metrics")).text
-        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
-        left = {name: float(re.search(rf"^jaxllm:{name}\{{\S* (\S+)", text, re.M)[1]) for name in names}  # pyright: ignore[reportOptionalSubscript]
-        if not any(left.values()):
-            return
-        await asyncio.sleep(0.1)
-    broken.append(f"still held: {left}")
-
-
-async def soak(process: subprocess.Popen, url: str, minutes: float, clients: int) -> dict:
-    parsed = httpx.URL(url)
+async def watch(server: Server, until: float) -> list[tuple[float, dict[str, float]]]:
+    """(seconds from now, MiB of each process), every few seconds."""
     begin, samples = time.monotonic(), []
+    while time.monotonic() < until:
+        samples.append((time.monotonic() - begin, server.memory()))
+        await asyncio.sleep(EVERY_S)
+    return samples
+
+
+def growth(samples: list[tuple[float, dict[str, float]]]) -> dict[str, dict[str, float]]:
+    """Of each process: MiB in the first minute after the warm-up and in the last minute, as medians, and the difference in percent."""
+    end = samples[-1][0]
+    warm, window = min(WARM_UP_S, end / 3), min(WINDOW_S, end / 4)
+    found = {}
+    for name in samples[0][1]:
+        first = statistics.median(memory[name] for at, memory in samples if warm <= at <= warm + window)
+        last = statistics.median(memory[name] for at, memory in samples if at >= end - window)
+        most = max(memory[name] for _, memory in samples)
+        found[name] = {"warm MiB": round(first, 1), "end MiB": round(last, 1), "most MiB": round(most, 1)}
+        found[name]["growth %"] = round(100 * (last / first - 1), 2)
+    return found
+
+
+async def load(server: Server, minutes: float, clients: int) -> dict[str, Any]:
+    """Many clients at once. The story that the server tells, its open files and its memory are looked at before and after."""
+    before, files = await server.story(), server.files()
+    outcomes: Counter[str] = Counter()
+    begin = time.monotonic()
     until = begin + minutes * 60
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=SLOW_S, limits=limits) as client:
-        jobs = [one_client(client, until, i % 16 == 0, parsed.host, parsed.port or 80) for i in range(clients)]
-
-        async def watch() -> None:
-            while time.monotonic() < until:
-                samples.append((time.monotonic() - begin, memory(process)))
-                await asyncio.sleep(5)
-
-        await asyncio.gather(watch(), *jobs)
-        await settle(client)
-    warm = [sample for at, sample in samples if at >= min(120, minutes * 30)]
-    growth = {kind: round(100 * (warm[-1][kind] / warm[0][kind] - 1), 1) for kind in warm[0]}
-    return {"seconds": round(time.monotonic() - begin), "memory MiB": warm[-1], "growth after warm-up %": growth}
-
-
-async def stop_under_load(process: subprocess.Popen, url: str) -> dict:
-    """SIGTERM with 32 streams open: each is told, or ends by itself."""
-    async with httpx.AsyncClient(base_url=url, timeout=SLOW_S) as client:
-        streams = [asyncio.create_task(talk(client, leave=False)) for _ in range(32)]
-        await asyncio.sleep(0.3)
-        began = time.monotonic()
-        process.send_signal(signal.SIGTERM)
-        ends = Counter(str(end)[:60] for end in await asyncio.gather(*streams, return_exceptions=True))
-    status = await asyncio.to_thread(process.wait, 30)
-    if status:
-        broken.append(f"status {status} after SIGTERM")
-    return {"streams": dict(ends), "seconds": round(time.monotonic() - began, 1), "status": status}
+    async with server.client() as client:
+        jobs = [one_client(server, client, until, i % ABUSERS == 0, outcomes) for i in range(clients)]
+        samples, *_ = await asyncio.gather(watch(server, until), *jobs)
+    seconds = time.monotonic() - begin
+    await server.settle(files)
+    if await server.story() != before:
+        server.broken.append("the same prompt has another answer after the load")
+    memory = growth(samples)
+    server.broken += [f"{name} grew: {found}" for name, found in memory.items() if found["growth %"] > GROWTH]
+    figures = {
+        "minutes": round(seconds / 60, 1),
+        "clients": clients,
+        "requests": outcomes.total(),
+        "outcomes": dict(outcomes.most_common()),
+    }
+    return figures | {"memory": memory, "open files": server.files(), "open files before": files}
 
 
-async def kill_engine(process: subprocess.Popen, url: str) -> dict:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    async with httpx.AsyncClient(base_url=url, timeout=SLOW_S) as client:
-        streams = [asyncio.create_task(talk(client, leave=False)) for _ in range(32)]
-        await asyncio.sleep(0.3)
-        os.kill(int(children[0]), signal.SIGKILL)
-        ends = Counter("told" if "stopped" in str(end) else str(end)[:60] for end in await asyncio.gather(*streams, return_exceptions=True))
-    status = await asyncio.to_thread(process.wait, 30)
-    if status != 1:
-        broken.append(f"status {status} after the engine's death")
-    return {"streams": dict(ends), "status": status}
+def loaded(minutes: float, clients: int) -> tuple[dict[str, Any], list[str]]:
+    server = Server()
+    try:
+        figures = asyncio.run(load(server, minutes, clients))
+        if "Traceback" in (log := server.logged()):
+            server.broken.append(f"a traceback in the log: {log[log.index('Traceback') :][:1500]}")
+        return figures, server.broken
+    finally:
+        server.close()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=10)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=10, help="of load")
     parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--only", choices=("faults", "load"))
+    parser.add_argument("--seed", type=int, default=random.randrange(2**32), help="of what clients choose")
     args = parser.parse_args()
-    started = [start()]
-    try:
-        figures = {"soak": asyncio.run(soak(*started[0], args.minutes, args.clients)), "outcomes": dict(outcomes)}
-        figures["SIGTERM under load"] = asyncio.run(stop_under_load(*started[0]))
-        started.append(start())
-        figures["engine killed under load"] = asyncio.run(kill_engine(*started[1]))
-    finally:
-        for process, _ in started:
-            process.kill()
-    print(json.dumps(figures | {"broken": Counter(broken)}, indent=1))
+    random.seed(args.seed)
+    parts: dict[str, Callable[[], tuple[dict, list[str]]]] = {"faults": faults.run, "load": lambda: loaded(args.minutes, args.clients)}
+    figures: dict[str, Any] = {"cores": len(os.sched_getaffinity(0)), "python": platform.python_version(), "seed": args.seed}
+    broken: list[str] = []
+    for name, part in parts.items():
+        if args.only in (None, name):
+            figures[name], found = part()
+            broken += found
+    print(json.dumps(figures | {"load average": os.getloadavg(), "broken": Counter(broken)}, indent=1))
     return 1 if broken else 0
 
 

@@ -91,6 +91,28 @@ def test_who_is_slow_is_told_so(small, pieces):
     assert status == 408 and "0.5 s" in body["error"]["message"] and time.monotonic() - start < 3
 
 
+@pytest.mark.parametrize("begun", [b"GET /health HTTP/1.1\r\nx: ", head(500), head(2000)], ids=["head", "body", "too large a body"])
+def test_who_goes_on_sending_hears_it_too(small, caplog, begun):
+    with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:
+        for piece in [begun, *[b"x"] * 8]:
+            connection.sendall(piece)
+            time.sleep(0.1)
+        answer = connection.recv(65536)
+    assert b" 408 " in answer and answer.count(b"HTTP/1.1") == 1
+    assert "Traceback" not in caplog.text and "ERROR" not in caplog.text
+
+
+def test_who_does_not_stop_sending_is_cut_off(small):
+    with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:
+        start = time.monotonic()
+        connection.sendall(head(500))
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - start < 10:
+                connection.sendall(b"x")
+                time.sleep(0.1)
+        assert 1 < time.monotonic() - start < 8
+
+
 def test_a_long_answer_is_not_slow_receiving(small):
     small.engine.step_s = 0.05
     events = small.events(COMPLETION, {"prompt": "Once", "max_tokens": 20, "ignore_eos": True})
