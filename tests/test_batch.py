@@ -1,5 +1,6 @@
 """`jaxllm run-batch`: what is answered and in which form, what is refused, and runs that are killed, each time as a program."""
 
+import errno
 import fcntl
 import json
 import os
@@ -15,6 +16,7 @@ from fake_engine import FakeEngine
 from server_fixtures import STORIES, make_engine, serving, wait_until
 
 from jaxllm.request import EngineDeadError, OverloadedError
+from serving.batch_files import Answers
 from serving.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -175,6 +177,20 @@ def test_the_engine_is_kept_full_and_no_fuller(tmp_path):
     assert max(most) == 7
 
 
+@pytest.mark.parametrize(("flags", "status"), [([], 200), (["--strict"], 400)])
+def test_the_servers_own_strictness(tmp_path, flags, status):
+    assert run(tmp_path, [line("a", {"prompt": "a", "promt": "b"})], *flags)[1][0]["response"]["status_code"] == status
+
+
+def test_a_disk_that_is_full_ends_the_run_in_a_sentence(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Answers, "answer", full)
+    assert run(tmp_path, completions(20))[0] == 1
+    assert "An answer could not be written: [Errno 28] No space left on device" in capsys.readouterr().err
+
+
 def test_a_full_queue_is_waited_for(tmp_path):
     class Full(FakeEngine):
         times = 0
@@ -224,6 +240,7 @@ PROGRAM = """
 import sys
 sys.path[:0] = ["tests"]
 from fake_engine import FakeEngine
+from serving.batch_files import Answers
 from serving.cli import main
 
 class Engine(FakeEngine):
