@@ -10,7 +10,7 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -286,7 +286,7 @@ async def cut_short(server: Server) -> dict[str, Any]:
 
 
 # A server's flags, and the faults that it lives through; the last may end it.
-FAULTS: list[tuple[tuple[str, ...], int, list[Callable[[Server], Awaitable[dict]]]]] = [
+FAULTS: list[tuple[tuple[str, ...], int, list[Callable[[Server], Coroutine[Any, Any, dict]]]]] = [
     ((), 1000, [disconnects, bodies, slow_clients, engine_killed]),
     (("--restart-engine", "--shutdown-timeout", "120"), 1000, [engine_restarted, drained]),
     (("--shutdown-timeout", "0.2"), 1000, [cut_short]),

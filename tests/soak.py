@@ -157,7 +157,9 @@ async def load(server: Server, minutes: float, clients: int) -> dict[str, Any]:
     until = begin + minutes * 60
     async with server.client() as client:
         jobs = [one_client(server, client, until, i % ABUSERS == 0, outcomes) for i in range(clients)]
-        samples, *_ = await asyncio.gather(watch(server, until), *jobs)
+        watching = asyncio.create_task(watch(server, until))
+        await asyncio.gather(*jobs)
+        samples = await watching
     seconds = time.monotonic() - begin
     await server.settle(files)
     if await server.story() != before:

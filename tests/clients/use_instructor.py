@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """Instructor, whose way to a structured output is a tool or a schema."""
 
 from typing import Literal

@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """LlamaIndex, through its client for servers that are like OpenAI's."""
 
 from typing import Literal

@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false, reportAttributeAccessIssue=false
 """Pydantic AI, whose way to a structured output is a tool that must be called, or a schema."""
 
 import asyncio
