@@ -9,7 +9,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from serving.errors import ApiError, encode
 
-LINGER_S = 2  # how long a client that was refused may go on sending for nothing
+LINGER_S = 10  # how long a client that was refused may go on sending for nothing: most look at answers only when they have sent all
 MAX_HEAD = 64 * 1024  # bytes of request line and headers: what proxies allow, and more than any client sends
 _REASONS = {400: "Bad Request", 408: "Request Timeout", 431: "Request Header Fields Too Large"}
 

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.errors import ApiError, told
 
-LINGER_S, IDLE_S = 10, 1  # how long a body that is too large is read for nothing, in all and without a byte coming
+LINGER_S, IDLE_S = 10, 5  # how long a body that is too large is read for nothing, in all and without a byte coming
 OPEN = frozenset({"/health", "/ping"})  # what load balancers ask, who carry no key
 
 

@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import random
-import statistics
 import sys
 import time
 from collections import Counter
@@ -22,7 +21,7 @@ import faults
 import httpx
 from soak_server import SLOW_S, Server
 
-WARM_UP_S, WINDOW_S, EVERY_S = 120, 60, 5
+WARM_UP_S, WINDOW_S, EVERY_S = 120, 60, 2
 GROWTH = 2  # percent that memory may grow after the warm-up
 ABUSERS = 16  # one client in so many
 GOOD = ("answered", "streamed", "left", "refused", "429")  # how an outcome may begin
@@ -135,17 +134,20 @@ async def watch(server: Server, until: float) -> list[tuple[float, dict[str, flo
     return samples
 
 
-def growth(samples: list[tuple[float, dict[str, float]]]) -> dict[str, dict[str, float]]:
-    """Of each process: MiB in the first minute after the warm-up and in the last minute, as medians, and the difference in percent."""
+def growth(samples: list[tuple[float, dict[str, float]]]) -> dict[str, dict[str, Any]]:
+    """MiB of each kind of memory, minute by minute, and how much the last minute has above the first after the warm-up, in percent.
+
+    Of each minute the least, which no body that was just being received is part of.
+    """
     end = samples[-1][0]
-    warm, window = min(WARM_UP_S, end / 3), min(WINDOW_S, end / 4)
+    window = min(WINDOW_S, end / 6)
     found = {}
     for name in samples[0][1]:
-        first = statistics.median(memory[name] for at, memory in samples if warm <= at <= warm + window)
-        last = statistics.median(memory[name] for at, memory in samples if at >= end - window)
+        minutes = [[memory[name] for at, memory in samples if i * window <= at < (i + 1) * window] for i in range(int(end // window))]
+        least = [round(min(each), 1) for each in minutes if each]
+        first = least[min(int(WARM_UP_S // window), len(least) // 3)]
         most = max(memory[name] for _, memory in samples)
-        found[name] = {"warm MiB": round(first, 1), "end MiB": round(last, 1), "most MiB": round(most, 1)}
-        found[name]["growth %"] = round(100 * (last / first - 1), 2)
+        found[name] = {"least in each minute": least, "most": round(most, 1), "growth %": round(100 * (least[-1] / first - 1), 2)}
     return found
 
 

@@ -65,12 +65,17 @@ class Server:
         return {"server": self.process.pid, "engine": engine}
 
     def memory(self) -> dict[str, float]:
-        """MiB of each process's resident memory."""
+        """MiB of each process: all that is resident, and of that what is its own ("anonymous").
+
+        The rest are pages of files, such as libraries, which the system takes away and reads again as it likes.
+        """
         found = {}
         for name, pid in self.pids().items():
-            size = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
-            assert size is not None
-            found[name] = int(size[1]) / 1024
+            status = Path(f"/proc/{pid}/status").read_text()
+            for kind, field in {"resident": "VmRSS", "own": "RssAnon"}.items():
+                size = re.search(rf"{field}:\s+(\d+)", status)
+                assert size is not None
+                found[f"{name}, {kind}"] = int(size[1]) / 1024
         return found
 
     def files(self) -> dict[str, int]:

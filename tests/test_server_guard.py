@@ -52,7 +52,8 @@ def head(length: int, *more: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
 
 
-def test_a_body_is_too_large_by_its_own_word():
+def test_a_body_is_too_large_by_its_own_word(monkeypatch):
+    monkeypatch.setattr("serving.guard.IDLE_S", 0.2)
     with serving(FakeEngine(), ServerOptions(max_body_bytes=1000)) as served:
         status, body = exchange(served.port, head(1001))
     assert status == 413 and "1,001" in body["error"]["message"] and "1,000" in body["error"]["message"]
@@ -102,7 +103,8 @@ def test_who_goes_on_sending_hears_it_too(small, caplog, begun):
     assert "Traceback" not in caplog.text and "ERROR" not in caplog.text
 
 
-def test_who_does_not_stop_sending_is_cut_off(small):
+def test_who_does_not_stop_sending_is_cut_off(small, monkeypatch):
+    monkeypatch.setattr("serving.connection.LINGER_S", 1)
     with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:
         start = time.monotonic()
         connection.sendall(head(500))
