@@ -149,7 +149,7 @@ class Detokenizer:
             end = start + len(self.stopped) if self._params.include_stop_str_in_output else start
             out, self._held = self._held[:end], ""
             return out
-        keep = _possible_beginning(self._held, self._params.stop)
+        keep = possible_beginning(self._held, self._params.stop)
         cut = len(self._held) - keep
         out, self._held = self._held[:cut], self._held[cut:]
         return out
@@ -165,7 +165,7 @@ def _first_match(text: str, new: int, stops: Sequence[str]) -> tuple[int, str] |
     return min(found)[1:] if found else None
 
 
-def _possible_beginning(text: str, stops: Sequence[str]) -> int:
+def possible_beginning(text: str, stops: Sequence[str]) -> int:
     """The length of the longest end of `text` with which a stop string may begin."""
     longest = 0
     for stop in stops:
