@@ -104,7 +104,8 @@ class SamplingParams:
     temperature and penalties; `prompt_logprobs` the same for every prompt token. `seed` makes a request's
     tokens the same whatever else is in the batch. `max_tokens=None` means as many as fit. `allowed_token_ids`
     are the only ones that may be drawn; `bad_words` are texts that may not, each as the tokens that spell it.
-    `structured_outputs` is the form that the answer must have.
+    `structured_outputs` is the form that the answer must have. `shown_special_token_ids` are special tokens that stay
+    in the text although skip_special_tokens leaves the others out: whoever reads the answer needs them.
     """
 
     n: int = 1
@@ -128,6 +129,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    shown_special_token_ids: Sequence[int] = ()
     structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self):
@@ -136,6 +138,7 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
         object.__setattr__(self, "logit_bias", {int(k): float(v) for k, v in (self.logit_bias or {}).items()})
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        object.__setattr__(self, "shown_special_token_ids", tuple(self.shown_special_token_ids))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
         object.__setattr__(self, "top_k", max(self.top_k, 0) if self.top_k in (-1, 0) else self.top_k)

@@ -137,7 +137,7 @@ def test_what_is_stored_gives_way_oldest_first():
         ([], "not empty"),
         (5, "must be a text"),
         ([5], "input[0]"),
-        ([{"type": "function_call_output"}], "other items"),
+        ([{"type": "web_search_call"}], "no other items"),
         ([{"role": "ghost", "content": "a"}], "input[0].role"),
         ([{"role": "user", "content": [{"type": "input_image"}]}], "not text"),
         ([{"role": "user"}], "input[0].content"),
@@ -193,7 +193,6 @@ def test_messages_end_at_a_stop_sequence_and_go_on_from_an_answer(claude, name):
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
         ({"system": 5}, "`system`"),
         ({"max_tokens": None}, "`max_tokens` is missing"),
-        ({"tools": [{"name": "f"}]}, "`tools` is not supported"),
         ({"stop_sequences": [""]}, "stop"),
     ],
 )

@@ -24,9 +24,9 @@ class Form:
 
     marks: each begins a call, anywhere. end: ends it; None: the answer's end or the next mark does. openings: what a call without a mark
     begins with, at the beginning of an answer only; NAME stands for any tool's. dropped: marks that say nothing. further: marks within
-    a call. quoted: marks within a JSON string of a call are its text. template: what is searched for in a chat template to know that the model is of this kind.
-    written: the call as the model writes it, for grammars: before the first, a call, between two, after the last; NAME and ARGUMENTS
-    stand for what they say. None: there is no such grammar.
+    a call. quoted: marks within a JSON string of a call are its text. template: an expression; a model is of this kind if it is found in
+    its chat template. written: how the model writes calls, for grammars: before the first, a call, between two, after the last; NAME and
+    ARGUMENTS stand for what they say. None between two: there can be one only; None at all: there is no such grammar.
     """
 
     parse: Parse
@@ -37,7 +37,7 @@ class Form:
     further: tuple[str, ...] = ()
     quoted: bool = True
     template: str | None = None
-    written: tuple[str, str, str, str] | None = None
+    written: tuple[str, str, str | None, str] | None = None
 
     @property
     def tokens(self) -> tuple[str, ...]:
@@ -180,6 +180,15 @@ def parse_xml(body: str, schemas: Schemas) -> tuple[list[Call], str]:
     return [known(name, {key.strip(): _xml_value(value, properties.get(key.strip())) for key, value in pairs}, schemas)], ""
 
 
+def parse_harmony(body: str, schemas: Schemas) -> tuple[list[Call], str]:
+    """A message of gpt-oss' to a function: harmony.py has the format."""
+    head, _, text = body.partition(MESSAGE)
+    recipient = RECIPIENT.search(head)
+    if recipient is None:
+        raise ValueError("the message is to nobody")
+    return [known(recipient[1].removeprefix("functions."), from_json(text), schemas)], ""
+
+
 def _xml_value(text: str, schema: Any) -> Any:
     if isinstance(schema, dict) and schema.get("type") == "string":
         return text
@@ -189,6 +198,8 @@ def _xml_value(text: str, schema: Any) -> Any:
         return text
 
 
+MESSAGE = "<|message|>"
+RECIPIENT = re.compile(r"\bto=([\w.-]+)")
 SEP = "<｜tool▁sep｜>"
 _JSON_CALL = ('{"name": "NAME"', '{"name":"NAME"', '{ "name": "NAME"')
 HERMES = Form(
@@ -233,6 +244,13 @@ DEEPSEEK = Form(
     written=(_CALLS[0], f"{_CALL[0]}function{SEP}NAME\n```json\nARGUMENTS\n```{_CALL[1]}", "\n", _CALLS[1]),
 )
 DEEPSEEK_V31 = replace(DEEPSEEK, template=SEP, written=(_CALLS[0], f"{_CALL[0]}NAME{SEP}ARGUMENTS{_CALL[1]}", "", _CALLS[1]))
+HARMONY = Form(
+    parse_harmony,
+    ("<|end|>", "<|call|>", "<|return|>", "<|start|>"),
+    further=(MESSAGE, "<|channel|>", "<|constrain|>"),
+    template=r"<\|channel\|>.*<\|message\|>",
+    written=("", f"<|channel|>commentary to=functions.NAME <|constrain|>json{MESSAGE}ARGUMENTS<|call|>", None, ""),
+)
 JSON = Form(
     parse_objects,
     openings=(*_JSON_CALL, *(f"[{each}" for each in _JSON_CALL)),

@@ -8,14 +8,8 @@ import re
 from collections.abc import Iterator
 
 from jaxllm.text import possible_beginning
-from serving.parsers.calls import from_json, known
+from serving.parsers.calls import HARMONY, MESSAGE, RECIPIENT
 from serving.parsers.parts import Part, Schemas, Text, Thought, first_of
-
-MESSAGE = "<|message|>"
-_ENDS = ("<|end|>", "<|call|>", "<|return|>", "<|start|>")
-TOKENS = (*_ENDS, MESSAGE, "<|channel|>", "<|constrain|>")
-TEMPLATE = r"<\|channel\|>.*<\|message\|>"
-CALL = "<|channel|>commentary to=functions.NAME <|constrain|>json<|message|>ARGUMENTS<|call|>"
 
 
 class HarmonyReader:
@@ -37,7 +31,7 @@ class HarmonyReader:
 
     def _read(self, final: bool) -> Iterator[Part]:
         while self._head is not None or self._begun():
-            found = first_of(self._held, _ENDS)
+            found = first_of(self._held, HARMONY.marks)
             if found is None and not final:
                 yield from self._undecided()
                 return
@@ -49,7 +43,7 @@ class HarmonyReader:
             self._held, self._head, self._fresh = rest, None, True
             if not rest:
                 return
-        if final and self._head is None and not any(mark in self._held for mark in TOKENS):  # no message, and no beginning of one
+        if final and self._head is None and not any(mark in self._held for mark in HARMONY.tokens):  # no message, and no beginning of one
             yield from self._tell(Text, self._held)
 
     def _begun(self) -> bool:
@@ -63,7 +57,7 @@ class HarmonyReader:
         """Tells what cannot change: of a call, nothing."""
         kind = self._kind()
         if kind is not None:
-            cut = len(self._held) - possible_beginning(self._held, _ENDS)
+            cut = len(self._held) - possible_beginning(self._held, HARMONY.marks)
             text, self._held = self._held[:cut], self._held[cut:]
             yield from self._tell(kind, text)
 
@@ -73,17 +67,17 @@ class HarmonyReader:
         if kind := self._kind():
             yield from self._tell(kind, body)
             return
-        recipient = _RECIPIENT.search(self._head)
-        assert recipient is not None
+        message = f"{self._head}{MESSAGE}{body}"
         try:
-            yield known(recipient[1].removeprefix("functions."), from_json(body), self._schemas)
+            calls, _ = HARMONY.parse(message, self._schemas)
+            yield from calls
         except (ValueError, RecursionError):
-            yield from self._tell(Text, f"{self._head}{MESSAGE}{body}")
+            yield from self._tell(Text, message)
 
     def _kind(self) -> type[Text] | type[Thought] | None:
         """What this message's text is; None: a call."""
         assert self._head is not None
-        if _RECIPIENT.search(self._head):
+        if RECIPIENT.search(self._head):
             return None
         channel = re.search(r"<\|channel\|>\s*(\w+)", self._head)
         return Thought if channel and channel[1] == "analysis" else Text
@@ -93,6 +87,3 @@ class HarmonyReader:
             yield kind("\n\n" + text if self._fresh and kind in self._said else text)
             self._said.add(kind)
             self._fresh = False
-
-
-_RECIPIENT = re.compile(r"\bto=([\w.-]+)")

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from jaxllm.text import possible_beginning
 from serving.parsers.calls import Form
-from serving.parsers.parts import Part, Schemas, Text, first_of
+from serving.parsers.parts import Part, Reader, Schemas, Text, first_of
 
 
 class CallReader:
@@ -93,6 +93,22 @@ class CallReader:
         self._space = text[len(kept) :]
         if kept:
             yield Text(kept)
+
+
+class Chain:
+    """A reader of thoughts, and one of calls for what is not thought."""
+
+    def __init__(self, thoughts: Reader, calls: Reader):
+        self._thoughts, self._calls = thoughts, calls
+
+    def feed(self, text: str) -> list[Part]:
+        return self._on(self._thoughts.feed(text))
+
+    def finish(self) -> list[Part]:
+        return [*self._on(self._thoughts.finish()), *self._calls.finish()]
+
+    def _on(self, parts: list[Part]) -> list[Part]:
+        return [out for part in parts for out in (self._calls.feed(part.text) if isinstance(part, Text) else [part])]
 
 
 class _Scan:

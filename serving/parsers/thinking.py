@@ -4,38 +4,16 @@ Blank space around a thought belongs to its tags. What is between later tags is 
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal
 
 from jaxllm.text import possible_beginning
 from serving.parsers.parts import Part, Text, Thought
-
-Place = Literal["before", "within", "after"]
-
-
-@dataclass(frozen=True)
-class Tags:
-    """begins: where an answer is that neither prompt nor answer says anything about: "within" for a model that thinks without a tag."""
-
-    start: str
-    end: str
-    begins: Place
-    template: str
-
-    @property
-    def tokens(self) -> tuple[str, ...]:
-        return self.start, self.end
-
-    def place(self, prompt_end: str) -> Place:
-        """Where the answer to a prompt with this end begins."""
-        end = prompt_end.rstrip()
-        return "within" if end.endswith(self.start) else "after" if end.endswith(self.end) else self.begins
+from serving.parsers.table import Place, Tags
 
 
 class ThoughtReader:
-    def __init__(self, tags: Tags, prompt_end: str):
+    def __init__(self, tags: Tags, place: Place):
         self._tags = tags
-        self._place = tags.place(prompt_end)
+        self._place: Place = place
         self._held = ""
         self._fresh = self._place != "after"  # is blank space still the tags' own?
         self._may_open = self._fresh  # may the start tag still come?
