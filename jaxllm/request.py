@@ -22,7 +22,6 @@ MAX_BAD_WORDS = 128  # each is compared with the text so far before every token
 MAX_SALT = 128  # characters
 MAX_STOP_IDS = 64  # stop and eos ids a row keeps on the device, to ban them before min_tokens
 MAX_GRAMMAR = 200_000  # characters of a grammar or schema: llguidance reads about as many in a tenth of a second
-MAX_NESTING = 64  # of a JSON schema
 
 
 class JaxllmError(Exception):
@@ -58,7 +57,7 @@ class StructuredOutputs:
     embed schemas (`%json {...}`) and name special tokens (`<|name|>`). json_object: it is some JSON object.
     """
 
-    json: str | Mapping[str, Any] | bool | None = None
+    json: str | Mapping[str, Any] | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None
@@ -175,9 +174,9 @@ class SamplingParams:
 
     @cached_property
     def edits(self) -> bool:
-        """Do the logits have to be changed, or their probabilities reported, before a token is drawn?"""
+        """Do the logits have to be changed, other than by a mask, or their probabilities reported, before a token is drawn?"""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        return bool(penalties or self.logit_bias or self.min_tokens or self.masks or self.logprobs is not None)
+        return bool(penalties or self.logit_bias or self.min_tokens or self.logprobs is not None)
 
     @cached_property
     def masks(self) -> bool:
