@@ -139,7 +139,7 @@ class Matcher:
     @property
     def fault(self) -> str | None:
         """Why it cannot go on: a limit was met, or a token taken that was not allowed."""
-        return _short(self._here.get_error()) if self._here.is_error() else None
+        return short(self._here.get_error()) if self._here.is_error() else None
 
     @staticmethod
     def allowed(matchers: "Sequence[Matcher]") -> np.ndarray:
@@ -210,7 +210,7 @@ def _check_keywords(schema: Any) -> None:
 
 
 def _refused(asked: StructuredOutputs, why: str) -> RequestError:
-    return RequestError(f"structured_outputs.{asked.kind} cannot be honoured: {_short(why)}", "structured_outputs")
+    return RequestError(f"structured_outputs.{asked.kind} cannot be honoured: {short(why)}", "structured_outputs")
 
 
 def too_slow(asked: StructuredOutputs) -> RequestError:
@@ -218,6 +218,6 @@ def too_slow(asked: StructuredOutputs) -> RequestError:
     return _refused(asked, f"compiling it takes more than {COMPILE_S:.0f} s; make it smaller")
 
 
-def _short(text: str) -> str:
+def short(text: str) -> str:
     """One line of at most 400 characters."""
     return " ".join(text.split("<state>")[0].split("<backtrace>")[0].split())[:400]

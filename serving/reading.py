@@ -1,12 +1,13 @@
 """How the answer to one request is read: with which parsers, what the engine must do for them, and the parts that come of it."""
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jaxllm.request import Completion, RequestError, StructuredOutputs
 from serving.parsers.calls import HARMONY, JSON, Form
-from serving.parsers.enforce import call_grammar
+from serving.parsers.enforce import NoGrammar, call_grammar
 from serving.parsers.harmony import HarmonyReader
 from serving.parsers.parts import Call, Part, Reader, Text, Thought, joined
 from serving.parsers.reader import CallReader, Chain
@@ -27,7 +28,7 @@ class Reading:
     thinks: bool  # is it known of this model what it thinks?
 
 
-def reading(tokenizer: Any, parsers: Parsers, tools: Tools, prompt_ids: Sequence[int], *, formed: bool = False) -> Reading | None:
+async def reading(tokenizer: Any, parsers: Parsers, tools: Tools, prompt_ids: Sequence[int], *, formed: bool = False) -> Reading | None:
     """None: the answer is text, and needs no reading. formed: the answer must have some other form, of which thinking is no part.
 
     Raises RequestError for tools of which this server cannot read, or enforce, the calls.
@@ -45,7 +46,8 @@ def reading(tokenizer: Any, parsers: Parsers, tools: Tools, prompt_ids: Sequence
     params: dict[str, Any] = {"shown_special_token_ids": shown}
     if tools.enforced or tools.strict:
         assert form is not None
-        params["structured_outputs"] = _enforced(form, tools, tags if isinstance(tags, Tags) else None, place, tokenizer.special_id)
+        thinking = tags if isinstance(tags, Tags) else None
+        params["structured_outputs"] = await asyncio.to_thread(_enforced, form, tools, thinking, place, tokenizer.special_id)
     return Reading(reader, params, tools.one, tags is not None)
 
 
@@ -79,12 +81,12 @@ def _reader(form: Form | None, tags: Tags | Form | None, place: Place, tools: To
 def _enforced(form: Form, tools: Tools, tags: Tags | None, place: Place, special_id: Callable[[str], int | None]) -> StructuredOutputs:
     try:
         return StructuredOutputs(grammar=call_grammar(form, tools, tags, place, special_id))
-    except ValueError as error:
+    except NoGrammar:
         raise RequestError(
             "`strict` cannot be kept to with tool_choice auto in the form in which this model writes calls: leave it out, or send "
             "tool_choice required or a function's name",
             "tools",
-        ) from error
+        ) from None
 
 
 class ChoiceReader:

@@ -124,7 +124,9 @@ def calls(parts: list[Part]) -> list[tuple[str, dict]]:
     return [(part.name, json.loads(part.arguments)) for part in parts if isinstance(part, Call)]
 
 
-@pytest.mark.parametrize(("name", "answer", "text", "called"), CASES, ids=lambda value: None if isinstance(value, list) else str(value)[:24])
+@pytest.mark.parametrize(
+    ("name", "answer", "text", "called"), CASES, ids=lambda value: None if isinstance(value, list) else str(value)[:24]
+)
 def test_documented_answers(name, answer, text, called):
     parts = read(call_reader(name), [answer])
     assert (content(parts), calls(parts)) == (text, called)
@@ -249,7 +251,17 @@ def test_gpt_oss_thinks_in_a_channel_of_its_own():
 # ---------------------------------------------------------------------------- cut anywhere
 
 PLACES: list[Place] = ["before", "within", "after"]
-WORDS = [*"<>[]{}|\"'\\ \n,;:ab1", "<think>", "</think>", "clock", "get_weather", '{"name": "clock"', ', "arguments": {}}', "[clock()]", SEP]
+WORDS = [
+    *"<>[]{}|\"'\\ \n,;:ab1",
+    "<think>",
+    "</think>",
+    "clock",
+    "get_weather",
+    '{"name": "clock"',
+    ', "arguments": {}}',
+    "[clock()]",
+    SEP,
+]
 WORDS += [mark for form in TOOL_PARSERS.values() for mark in form.tokens] + [answer for _, answer, _, _ in CASES]
 
 
@@ -293,7 +305,7 @@ def test_without_a_call_every_character_comes_back(cut):
 
 TEMPLATES = {
     "hermes": [
-        """{{- "\\nFor each function call, return a json object:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args>}" }}""",
+        """{{- "\\nFor each call:\\n<tool_call>\\n{\\"name\\": <function-name>, \\"arguments\\": <args>}" }}""",
         """{{- '<tool_call>\\n{"name": "' }}""",
         (default_model() / "chat_template.jinja").read_text(),
     ],

@@ -7,7 +7,10 @@ can be taken for it. A mark that is text ends the free text before it as soon as
 import json
 import re
 from collections.abc import Callable
+from typing import Any
 
+from jaxllm.grammar import short, written
+from jaxllm.request import RequestError, StructuredOutputs
 from serving.parsers.calls import HARMONY, Form
 from serving.parsers.table import Place, Tags
 from serving.tools import Tools
@@ -17,10 +20,14 @@ _ANY = r"/(.|\n)*/"
 _SPACE = r"/\n{0,2}/"  # between a thought and what follows
 
 
+class NoGrammar(Exception):
+    """Calls of this form cannot be enforced."""
+
+
 def call_grammar(form: Form, tools: Tools, tags: Tags | None, place: Place, special_id: SpecialId) -> str:
-    """tags, place: what may be thought before. Raises ValueError if calls of this form cannot be enforced."""
+    """tags, place: what may be thought before. Raises NoGrammar, and RequestError for parameters that cannot be enforced."""
     if form.written is None:
-        raise ValueError("calls of this form have no grammar")
+        raise NoGrammar
     made = _Grammar((*form.tokens, *(tags.tokens if tags else ())), special_id)
     before, call, between, after = form.written
     more = "" if tools.one or between is None else f"({made.spell(between)} call)*"
@@ -35,7 +42,7 @@ def _free(made: "_Grammar", form: Form, before: str) -> str:
     """Any text, up to and with the beginning of the calls. Only a mark tells a call from text."""
     mark = next((mark for mark in (*form.marks, *form.dropped) if before.startswith(mark)), None)
     if mark is None:
-        raise ValueError("calls of this form begin without a mark")
+        raise NoGrammar
     made.rules["text"] = made.without((*form.marks, *form.dropped))
     return f"{made.up_to(mark)} {made.spell(before[len(mark) :])}"
 
@@ -45,10 +52,23 @@ def _add_calls(made: "_Grammar", call: str, tools: Tools) -> None:
     names = []
     for i, (name, schema) in enumerate(tools.schemas.items()):
         head, tail = call.replace("NAME", name).split("ARGUMENTS")
-        made.rules[f"arguments_{i}"] = f"%json {json.dumps(schema if name in strict else {'type': 'object'})}"
+        made.rules[f"arguments_{i}"] = f"%json {_schema(name, schema if name in strict else {'type': 'object'})}"
         made.rules[f"call_{i}"] = f"{made.spell(head)} arguments_{i} {made.spell(tail)}"
         names.append(f"call_{i}")
     made.rules["call"] = " | ".join(names)
+
+
+def _schema(name: str, schema: dict[str, Any]) -> str:
+    """A tool's parameters as structured_outputs takes a schema, with what it refuses and how much blank space it allows."""
+    from llguidance import LLMatcher
+
+    try:
+        made = written(StructuredOutputs(json=schema))
+        if fault := LLMatcher.validate_grammar(made):
+            raise ValueError(fault)
+    except ValueError as error:
+        raise RequestError(f"`tools`: the parameters of {name} cannot be enforced: {short(str(error))}", "tools") from None
+    return json.dumps(json.loads(made)["grammars"][0]["json_schema"])
 
 
 def _thought(made: "_Grammar", form: Form, tags: Tags | None, place: Place) -> str:

@@ -69,7 +69,7 @@ async def prepare(context: Context, body: ChatBody) -> ChatAnswer:
     tools = chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     options = template_options(body) | effort_options(engine, body.reasoning_effort) | tools.template
     ids = truncated(engine, body, await encode_messages(engine, parse_messages(body.messages), options), asked)
-    how = reading(engine.tokenizer, context.parsers, tools, ids)
+    how = await reading(engine.tokenizer, context.parsers, tools, ids)
     params = sampling_params(engine, body, fit(engine, len(ids), asked), _logprobs(body), **(how.params if how else {}))
     head = (engine, body, context.fingerprint)
     answer = ChatAnswer(*head) if how is None else ReadChatAnswer(*head, how)

@@ -74,7 +74,7 @@ async def prepare(context: Context, body: MessagesBody) -> MessagesAnswer:
         raise RequestError("`max_tokens` is missing", "max_tokens")
     tools = messages_tools(body.tools, body.tool_choice)
     ids = truncated(engine, body, await _encode(engine, body, tools), body.max_tokens)
-    how = reading(engine.tokenizer, context.parsers, tools, ids)
+    how = await reading(engine.tokenizer, context.parsers, tools, ids)
     stop = stop_strings(body.stop_sequences or [], "stop_sequences")
     fitting = fit(engine, len(ids), body.max_tokens)
     params = sampling_params(engine, body, fitting, None, stop=stop, **(how.params if how else {}))

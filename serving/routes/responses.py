@@ -94,7 +94,7 @@ async def prepare(context: Context, body: ResponseBody) -> ResponseAnswer:
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     options = effort_options(engine, _effort(body.reasoning)) | tools.template
     ids = truncated(engine, body, await encode_messages(engine, [*system, *conversation], options), body.max_output_tokens)
-    how = reading(engine.tokenizer, context.parsers, tools, ids)
+    how = await reading(engine.tokenizer, context.parsers, tools, ids)
     params = sampling_params(engine, body, fit(engine, len(ids), body.max_output_tokens), None, **(how.params if how else {}))
     answer = ResponseAnswer(context, body, conversation, params, tools, how)
     request = make_request(answer.id, ids, params, body)
