@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEPT = 64  # compiled forms
 THREADS = 2  # that compile
 COMPILE_S = 10.0  # how long a request waits for its form
-WHITESPACE = r"\n?[ \t]{0,20}"  # between the parts of a JSON text: enough to indent, too little to wander in for ever
+WHITESPACE = r"( |\n[ \t]{0,20})?"  # between the parts of a JSON text: enough to indent, too little to wander in for ever
 # Work is counted in llguidance's units; in time, about 20 ms to begin with and 10 ms for a token, and 40 MB for one answer.
 _LIMITS = {
     "initial_lexer_fuel": 1_000_000,
