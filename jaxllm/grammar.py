@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 KEPT = 64  # compiled forms
 THREADS = 2  # that compile
 COMPILE_S = 10.0  # how long a request waits for its form
-WHITESPACE = r"\n?[ \t]{0,20}"  # between the parts of a JSON text: enough to indent, too little to wander in for ever
+WHITESPACE = r"( |\n[ \t]{0,20})?"  # between the parts of a JSON text: enough to indent, too little to wander in for ever
 # Work is counted in llguidance's units; in time, about 20 ms to begin with and 10 ms for a token, and 40 MB for one answer.
 _LIMITS = {
     "initial_lexer_fuel": 1_000_000,
@@ -78,8 +78,6 @@ class Grammars:
         for found in (made.get_error(), *warnings, first.get_error()):
             if found:
                 raise _refused(asked, found)
-        if first.is_stopped():
-            raise _refused(asked, "nothing but an empty answer has this form")
         return Compiled(made, -(-tokens.vocab_size // 32))
 
     def _tokens(self) -> "LLTokenizer":
@@ -111,13 +109,15 @@ class _Tokens:
         self._encode = tokenizer.encode
         self.tokens = [tokenizer.token_bytes(i) for i in range(vocab)]
         self.special_token_ids = [i for i in range(vocab) if tokenizer.is_special(i)]
+        self._special = frozenset(self.special_token_ids)
         self.eos_token_id, self.bos_token_id = tokenizer.eos_token_id, tokenizer.bos_token_id
         self.greedy: Any = None
 
     def __call__(self, text: bytes) -> list[int]:
-        """Tokens of exactly these bytes. A tokenizer that puts a space in front does not spell them by itself."""
+        """Tokens of exactly these bytes, none of them special. A tokenizer that puts a space in front does not spell them by itself."""
         ids = self._encode(text.decode("utf-8", "replace"), add_special_tokens=False)
-        if self.greedy is None or (max(ids, default=0) < len(self.tokens) and b"".join(self.tokens[i] for i in ids) == text):
+        known = all(i < len(self.tokens) and i not in self._special for i in ids)
+        if self.greedy is None or (known and b"".join(self.tokens[i] for i in ids) == text):
             return ids
         return self.greedy(text.decode("utf-8", "replace"))
 

@@ -79,7 +79,7 @@ class TokenMask:
         if _leaves(bits):
             return bits
         if form is not None and not _leaves(base):
-            self.fault = "what structured_outputs allows next, allowed_token_ids and bad_words forbid"
+            self.fault = "no token is left to draw: what the form allows next, other parameters forbid"
         return base
 
 

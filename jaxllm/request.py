@@ -242,7 +242,8 @@ class Completion:
     """One continuation. While it streams, `text`, `token_ids` and `logprobs` hold only what is new.
 
     finish_reason: stop (an end or stop token, or a stop string), length, abort, error; None while it runs.
-    stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
+    stop_reason: the stop string or stop token id that ended it; None for the model's own end token, or a form that is complete; after an
+    error, what it was.
     """
 
     index: int = 0

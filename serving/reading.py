@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxllm.request import Completion, RequestError, StructuredOutputs
 from serving.parsers.calls import HARMONY, JSON, Form
-from serving.parsers.enforce import NoGrammar, call_grammar
+from serving.parsers.enforce import NoGrammar, SpecialId, answer_grammar
 from serving.parsers.harmony import HarmonyReader
 from serving.parsers.parts import Call, Part, Reader, Text, Thought, joined
 from serving.parsers.reader import CallReader, Chain
@@ -25,37 +25,42 @@ class Reading:
     reader: Callable[[], Reader]
     params: dict[str, Any]
     one: bool
-    thinks: bool  # is it known of this model what it thinks?
+    thinks: bool  # are thoughts told from the rest?
 
 
-async def reading(tokenizer: Any, parsers: Parsers, tools: Tools, prompt_ids: Sequence[int], *, formed: bool = False) -> Reading | None:
-    """None: the answer is text, and needs no reading. formed: the answer must have some other form, of which thinking is no part.
+async def reading(
+    tokenizer: Any, parsers: Parsers, tools: Tools, prompt_ids: Sequence[int], wanted: StructuredOutputs | None = None
+) -> Reading | None:
+    """None: the answer is text, and needs no reading. wanted: the form that the answer must have, where it is not a call.
 
     Raises RequestError for tools of which this server cannot read, or enforce, the calls.
     """
-    form = _form(parsers, tools)
-    tags, place = None if formed else parsers.tags, "after"
+    whole = wanted is not None and wanted.grammar is not None  # it says all of the answer: nothing is thought, nothing called
+    if whole and tools.offered:
+        raise RequestError("a grammar is of the whole answer, in which `tools` have no place: leave one of them out", "structured_outputs")
+    form, tags, place = _form(parsers, tools), parsers.tags, "after"
     if isinstance(tags, Tags):
         place = tags.place(tokenizer.decode(prompt_ids[-_PROMPT_END:], skip_special_tokens=False))
-    reader = _reader(form, tags, place, tools)
+        tags = None if place == "after" else tags
+    reader = None if whole else _reader(form, tags, place, tools)
     if reader is None:
         return None
-    thinks = tags if place != "after" or tags is HARMONY else None
-    marks = {*(form.tokens if form else ()), *(thinks.tokens if thinks else ())}
+    marks = {*(form.tokens if form else ()), *(tags.tokens if tags else ())}
     shown = sorted(found for mark in marks if (found := tokenizer.special_id(mark)) is not None)
     params: dict[str, Any] = {"shown_special_token_ids": shown}
-    if tools.enforced or tools.strict:
-        assert form is not None
+    if tools.enforced or tools.strict or wanted is not None:
         thinking = tags if isinstance(tags, Tags) else None
-        params["structured_outputs"] = await asyncio.to_thread(_enforced, form, tools, thinking, place, tokenizer.special_id)
+        params["structured_outputs"] = await asyncio.to_thread(_enforced, form, tools, thinking, place, wanted, tokenizer.special_id)
     return Reading(reader, params, tools.one, tags is not None)
 
 
 def _form(parsers: Parsers, tools: Tools) -> Form | None:
     """What calls look like; None: there are none to be read."""
     form = parsers.form
-    if form is HARMONY or not tools.offered:
-        return form if form is HARMONY else None
+    if form is HARMONY:
+        return form
+    if not tools.offered:
+        return None
     if tools.enforced:
         return form if form is not None and form.written else JSON
     if form is None:
@@ -71,19 +76,22 @@ def _reader(form: Form | None, tags: Tags | Form | None, place: Place, tools: To
     schemas = tools.schemas
     if form is HARMONY:
         return lambda: HarmonyReader(schemas)
-    if not isinstance(tags, Tags) or place == "after":
+    if not isinstance(tags, Tags):
         return None if form is None else lambda: CallReader(form, schemas)
     if form is None:
         return lambda: ThoughtReader(tags, place)
     return lambda: Chain(ThoughtReader(tags, place), CallReader(form, schemas))
 
 
-def _enforced(form: Form, tools: Tools, tags: Tags | None, place: Place, special_id: Callable[[str], int | None]) -> StructuredOutputs:
+def _enforced(
+    form: Form | None, tools: Tools, tags: Tags | None, place: Place, wanted: StructuredOutputs | None, special_id: SpecialId
+) -> StructuredOutputs:
     try:
-        return StructuredOutputs(grammar=call_grammar(form, tools, tags, place, special_id))
+        return StructuredOutputs(grammar=answer_grammar(form, tools, tags, place, wanted, special_id))
     except NoGrammar:
+        what = "`strict`" if wanted is None else "A form of the answer"
         raise RequestError(
-            "`strict` cannot be kept to with tool_choice auto in the form in which this model writes calls: leave it out, or send "
+            f"{what} cannot be kept to with tool_choice auto in the form in which this model writes calls: leave it out, or send "
             "tool_choice required or a function's name",
             "tools",
         ) from None
@@ -107,11 +115,11 @@ class ChoiceReader:
             if isinstance(part, Thought):
                 self._thoughts.append(part.text)
             if isinstance(part, Call):
-                self.calls += 1
-                if self._one and self.calls > 1:
+                if self._one and self.calls:
                     continue
+                self.calls += 1
             kept.append(part)
-        return kept
+        return joined(kept)
 
     def thought_tokens(self, tokenizer: Any) -> int:
         """The tokens of what was thought, counted by spelling it: tags are not among them."""
@@ -122,4 +130,4 @@ def parts_of(reader: ChoiceReader | None, completion: Completion) -> list[Part]:
     """The parts that a completion makes certain; without a reader, its text."""
     if reader is None:
         return [Text(completion.text)] if completion.text else []
-    return joined(reader.read(completion.text, completion.finish_reason is not None))
+    return reader.read(completion.text, completion.finish_reason is not None)

@@ -39,6 +39,7 @@ TEMPLATE = """{{- '<tool_call>\\n{"name": ' }} <think> {% if enable_thinking %}"
 @pytest.fixture(scope="module")
 def served():
     engine = FakeEngine(max_model_len=4096)
+    assert engine.tokenizer is not None
     engine.tokenizer.chat_templates = {"default": TEMPLATE}
     with serving(engine) as served:
         yield served
@@ -70,6 +71,11 @@ def says(served):
 def prompt(served) -> str:
     """The last request's prompt."""
     return served.engine.tokenizer.decode(list(served.engine.served[-1].prompt_token_ids))
+
+
+def grammar(served) -> str:
+    """The last request's."""
+    return served.engine.served[-1].params.structured_outputs.grammar
 
 
 def named(calls) -> list[tuple[str, dict]]:
@@ -150,17 +156,37 @@ def test_tools_that_must_not_be_called_are_not_shown(client, served, says):
 def test_a_call_that_must_be_made_is_a_grammar(client, served, says):
     says(TWO_CALLS.removeprefix("I look.\n"))
     assert named(chat(client, tools=TOOLS, tool_choice="required").choices[0].message.tool_calls) == [PARIS, CLOCK]
-    asked = served.engine.served[-1].params.structured_outputs
-    assert asked.grammar and json.dumps(CITY)[:-1] in asked.grammar and "get_weather" in asked.grammar and "clock" in asked.grammar
+    city = json.dumps(CITY)[:-1]
+    assert all(text in grammar(served) for text in (city, "get_weather", "clock"))
     function: Any = {"type": "function", "function": {"name": "clock"}}
     chat(client, tools=TOOLS, tool_choice=function)
-    asked = served.engine.served[-1].params.structured_outputs
-    assert "clock" in asked.grammar and "get_weather" not in asked.grammar
+    assert "clock" in grammar(served) and "get_weather" not in grammar(served)
     chat(client, tools=TOOLS)
     assert served.engine.served[-1].params.structured_outputs is None
     chat(client, tools=[TOOLS[0] | {"function": FUNCTIONS[0] | {"strict": True}}, TOOLS[1]])
-    asked = served.engine.served[-1].params.structured_outputs
-    assert json.dumps(CITY)[:-1] in asked.grammar and "text" in asked.grammar
+    assert city in grammar(served) and "text" in grammar(served)
+
+
+def test_a_form_of_the_answer_beside_thoughts_and_tools(client, served, says):
+    """What is thought, or called, is no part of the form; a grammar is of the whole answer."""
+    form: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": CITY}}
+    says(THOUGHT + '{"city": "Paris"}')
+    for tools in ({}, {"tools": TOOLS}):
+        message = chat(client, response_format=form, **tools).choices[0].message
+        assert message.content == '{"city": "Paris"}' and message.reasoning == "Hm, hm."
+        assert "</think>" in grammar(served) and json.dumps(CITY)[:-1] in grammar(served)
+        assert ("get_weather" in grammar(served)) == bool(tools)
+    whole = {"structured_outputs": {"grammar": 'start: "<think>"'}}
+    assert chat(client, extra_body=whole).choices[0].message.content == THOUGHT + '{"city": "Paris"}'
+    assert grammar(served) == 'start: "<think>"'
+    with pytest.raises(openai.BadRequestError, match="no place"):
+        chat(client, extra_body=whole, tools=TOOLS)
+    says('{"city": "Paris"}', "<think></think>")
+    chat(client, response_format=form)
+    assert served.engine.served[-1].params.structured_outputs.json == json.dumps(CITY)
+    text: Any = {"format": {"type": "json_schema", "name": "x", "schema": CITY}}
+    says(THOUGHT + '{"city": "Paris"}')
+    assert respond(client, text=text).output_text == '{"city": "Paris"}' and "get_weather" in grammar(served)
 
 
 def test_a_history_of_calls_reaches_the_template_as_objects(client, served, says):

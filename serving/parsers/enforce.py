@@ -1,4 +1,4 @@
-"""Grammars of answers that must call tools, or call them only as their schemas say, in the form in which the model writes calls.
+"""Grammars of answers that must call tools, call them only as their schemas say, or have a form of their own, in a model's own marks.
 
 The text is llguidance's, for SamplingParams.structured_outputs. A mark that is a special token stands there by its id (`<[7]>`): no text
 can be taken for it. A mark that is text ends the free text before it as soon as it is complete (`suffix`).
@@ -21,21 +21,49 @@ _SPACE = r"/\n{0,2}/"  # between a thought and what follows
 
 
 class NoGrammar(Exception):
-    """Calls of this form cannot be enforced."""
+    """It cannot be said in a grammar."""
 
 
-def call_grammar(form: Form, tools: Tools, tags: Tags | None, place: Place, special_id: SpecialId) -> str:
-    """tags, place: what may be thought before. Raises NoGrammar, and RequestError for parameters that cannot be enforced."""
-    if form.written is None:
+def answer_grammar(
+    form: Form | None, tools: Tools, tags: Tags | None, place: Place, wanted: StructuredOutputs | None, special_id: SpecialId
+) -> str:
+    """What an answer may be: calls of `tools` in this form, or, unless there must be a call, what is `wanted` or any text.
+
+    tags, place: what may be thought before. Raises NoGrammar, and RequestError for parameters that cannot be enforced.
+    """
+    made = _Grammar((*(form.tokens if form else ()), *(tags.tokens if tags else ())), special_id)
+    thought = _thought(made, form, tags, place)
+    if tools.enforced or (wanted is None and form is not None):
+        _add_calls(made, form, tools, free=not tools.enforced)
+        made.rules["start"] = f"{thought} {'calls' if tools.enforced else 'calls? text?'}"
+        return made.text()
+    if wanted is None:
         raise NoGrammar
-    made = _Grammar((*form.tokens, *(tags.tokens if tags else ())), special_id)
+    answer = f"{made.spell('<|channel|>final<|message|>')} answer" if form is HARMONY else "answer"
+    made.rules["answer"] = _wanted(wanted)
+    if tools.offered:
+        _add_calls(made, form, tools, free=False)
+        answer = f"(calls | {answer})"
+    made.rules["start"] = f"{thought} {answer}"
+    return made.text()
+
+
+def _add_calls(made: "_Grammar", form: Form | None, tools: Tools, *, free: bool) -> None:
+    """The rule `calls`. free: any text may come before, and the rule `text` after them."""
+    if form is None or form.written is None:
+        raise NoGrammar
     before, call, between, after = form.written
     more = "" if tools.one or between is None else f"({made.spell(between)} call)*"
-    begin = made.spell(before) if tools.enforced else _free(made, form, before)
+    begin = _free(made, form, before) if free else made.spell(before)
     made.rules["calls"] = f"{begin} call {more} {made.spell(after)}"
-    _add_calls(made, call, tools)
-    made.rules["start"] = f"{_thought(made, form, tags, place)} {'calls' if tools.enforced else 'calls? text?'}"
-    return "\n".join(f"{name}: {rule}" for name, rule in made.rules.items())
+    names, strict = [], {tool.name for tool in tools.offered if tool.strict or tools.enforced}
+    for i, (name, schema) in enumerate(tools.schemas.items()):
+        head, tail = call.replace("NAME", name).split("ARGUMENTS")
+        rule = _schema(schema, f"`tools`: the parameters of {name} cannot be enforced", "tools") if name in strict else _ANY_OBJECT
+        made.rules[f"arguments_{i}"] = rule
+        made.rules[f"call_{i}"] = f"{made.spell(head)} arguments_{i} {made.spell(tail)}"
+        names.append(f"call_{i}")
+    made.rules["call"] = " | ".join(names)
 
 
 def _free(made: "_Grammar", form: Form, before: str) -> str:
@@ -47,32 +75,8 @@ def _free(made: "_Grammar", form: Form, before: str) -> str:
     return f"{made.up_to(mark)} {made.spell(before[len(mark) :])}"
 
 
-def _add_calls(made: "_Grammar", call: str, tools: Tools) -> None:
-    strict = {tool.name for tool in tools.offered if tool.strict or tools.enforced}
-    names = []
-    for i, (name, schema) in enumerate(tools.schemas.items()):
-        head, tail = call.replace("NAME", name).split("ARGUMENTS")
-        made.rules[f"arguments_{i}"] = f"%json {_schema(name, schema if name in strict else {'type': 'object'})}"
-        made.rules[f"call_{i}"] = f"{made.spell(head)} arguments_{i} {made.spell(tail)}"
-        names.append(f"call_{i}")
-    made.rules["call"] = " | ".join(names)
-
-
-def _schema(name: str, schema: dict[str, Any]) -> str:
-    """A tool's parameters as structured_outputs takes a schema, with what it refuses and how much blank space it allows."""
-    from llguidance import LLMatcher
-
-    try:
-        made = written(StructuredOutputs(json=schema))
-        if fault := LLMatcher.validate_grammar(made):
-            raise ValueError(fault)
-    except ValueError as error:
-        raise RequestError(f"`tools`: the parameters of {name} cannot be enforced: {short(str(error))}", "tools") from None
-    return json.dumps(json.loads(made)["grammars"][0]["json_schema"])
-
-
-def _thought(made: "_Grammar", form: Form, tags: Tags | None, place: Place) -> str:
-    """What a model may think before it calls."""
+def _thought(made: "_Grammar", form: Form | None, tags: Tags | None, place: Place) -> str:
+    """What a model may think before it answers."""
     if form is HARMONY:
         return f"({made.spell('<|channel|>analysis<|message|>')} {made.up_to('<|end|>')} {made.spell('<|start|>assistant')})?"
     if tags is None or place == "after":
@@ -82,6 +86,35 @@ def _thought(made: "_Grammar", form: Form, tags: Tags | None, place: Place) -> s
     return f"({made.spell(tags.start)} {made.up_to(tags.end)} {_SPACE})?"
 
 
+def _wanted(wanted: StructuredOutputs) -> str:
+    """The right side of a rule for it. A grammar is of a whole answer, and no part of another."""
+    if wanted.json is not None:
+        return _schema(json.loads(str(wanted.json)), "the schema of the answer cannot be honoured", "structured_outputs")
+    if wanted.choice is not None:
+        return " | ".join(json.dumps(text, ensure_ascii=False) for text in wanted.choice)
+    if wanted.regex is not None:
+        return "/" + re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", wanted.regex, flags=re.S).replace("\n", r"\n") + "/"
+    if wanted.grammar is not None:
+        raise NoGrammar
+    return _ANY_OBJECT
+
+
+def _schema(schema: Any, fault: str, param: str) -> str:
+    """The right side of a rule for a JSON schema, with what structured_outputs refuses and how much blank space it allows."""
+    from llguidance import LLMatcher
+
+    try:
+        made = written(StructuredOutputs(json=schema))
+        if found := LLMatcher.validate_grammar(made):
+            raise ValueError(found)
+    except ValueError as error:
+        raise RequestError(f"{fault}: {short(str(error))}", param) from None
+    return f"%json {json.dumps(json.loads(made)['grammars'][0]['json_schema'])}"
+
+
+_ANY_OBJECT = '%json {"type": "object"}'
+
+
 class _Grammar:
     """rules: name to right side, in llguidance's words."""
 
@@ -89,6 +122,9 @@ class _Grammar:
         self.rules: dict[str, str] = {}
         self._marks = re.compile("(" + "|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + ")") if marks else None
         self._special_id = special_id
+
+    def text(self) -> str:
+        return "\n".join(f"{name}: {rule}" for name, rule in self.rules.items())
 
     def spell(self, text: str) -> str:
         """The terminals of a text: marks that are special tokens by their ids, all else as strings."""
@@ -110,6 +146,6 @@ class _Grammar:
 
     def without(self, marks: tuple[str, ...]) -> str:
         """Any text that has none of the marks: what is a special token cannot be in a text."""
-        written = [re.escape(mark).replace("/", "\\/") for mark in marks if self._special_id(mark) is None]
-        self.rules["TEXT"] = r"/(.|\n)+/" + (rf" & ~/(.|\n)*({'|'.join(written)})(.|\n)*/" if written else "")
+        spelled = [re.escape(mark).replace("/", "\\/") for mark in marks if self._special_id(mark) is None]
+        self.rules["TEXT"] = r"/(.|\n)+/" + (rf" & ~/(.|\n)*({'|'.join(spelled)})(.|\n)*/" if spelled else "")
         return "TEXT"

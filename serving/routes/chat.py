@@ -11,10 +11,11 @@ from serving import shapes
 from serving.context import Context
 from serving.conversation import effort_options, encode_messages, parse_messages, template_options
 from serving.openapi import documented
-from serving.protocol import EngineLike, Int, SamplingBody, fit, make_request, said, sampling_params, truncated
+from serving.protocol import EngineLike, Int, SamplingBody, check, fit, make_request, said, sampling_params, truncated
 from serving.reading import reading
 from serving.routes.chat_answer import ChatAnswer, ReadChatAnswer
 from serving.stream import respond
+from serving.structured import asked as asked_form
 from serving.tools import Choice, chat_tools
 
 
@@ -46,7 +47,6 @@ class ChatBody(SamplingBody):
         "metadata": ({},),
         "modalities": (["text"],),
         "prediction": (),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "verbosity": (),
@@ -69,12 +69,12 @@ async def prepare(context: Context, body: ChatBody) -> ChatAnswer:
     tools = chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     options = template_options(body) | effort_options(engine, body.reasoning_effort) | tools.template
     ids = truncated(engine, body, await encode_messages(engine, parse_messages(body.messages), options), asked)
-    how = await reading(engine.tokenizer, context.parsers, tools, ids)
+    how = await reading(engine.tokenizer, context.parsers, tools, ids, asked_form(body.response_format, body.structured_outputs))
     params = sampling_params(engine, body, fit(engine, len(ids), asked), _logprobs(body), **(how.params if how else {}))
     head = (engine, body, context.fingerprint)
     answer = ChatAnswer(*head) if how is None else ReadChatAnswer(*head, how)
     request = make_request(answer.id, ids, params, body)
-    engine.check(request)
+    await check(engine, request)
     answer.requests.append(request)
     return answer
 

@@ -15,7 +15,7 @@ from uuid import uuid4
 from jaxllm.request import Completion, Logprob, Output, Request
 from serving.errors import ApiError, encode
 from serving.frame import Frame
-from serving.parsers.parts import Call, Part, Text, Thought, joined
+from serving.parsers.parts import Call, Part, Text, Thought
 from serving.protocol import EngineLike, finite, off_loop, prompt_logprobs_body
 from serving.reading import ChoiceReader, Reading
 from serving.usage import Usage
@@ -121,7 +121,7 @@ class ReadChatAnswer(ChatAnswer):
 
     def _choice(self, completion: Completion) -> dict:
         reader = self._reader(completion.index)
-        parts = joined(reader.read(completion.text, True))
+        parts = reader.read(completion.text, True)
         return super()._choice(completion) | {"message": self._message(parts), "finish_reason": _finish_reason(completion, reader)}
 
     def _message(self, parts: list[Part]) -> dict:
@@ -136,7 +136,7 @@ class ReadChatAnswer(ChatAnswer):
     def event(self, i: int, completion: Completion, usage: Usage) -> bytes:
         reader, ended = self._reader(completion.index), completion.finish_reason is not None
         count = reader.calls
-        parts = joined(reader.read(completion.text, ended))
+        parts = reader.read(completion.text, ended)
         deltas = [encode(delta) for delta in self._deltas(parts, count)]
         if ended or (not deltas and (completion.logprobs is not None or self._body.return_token_ids)):
             deltas.append("{}")

@@ -18,7 +18,7 @@ from serving.context import Context
 from serving.conversation import effort_options, encode_messages, history_call, with_names
 from serving.errors import json_response
 from serving.openapi import documented
-from serving.protocol import DrawingBody, EngineLike, Int, fit, make_request, said, sampling_params, stop_strings, truncated
+from serving.protocol import DrawingBody, EngineLike, Int, check, fit, make_request, said, sampling_params, stop_strings, truncated
 from serving.reading import reading
 from serving.routes.messages_answer import MessagesAnswer
 from serving.stream import respond
@@ -45,7 +45,9 @@ class MessagesBody(DrawingBody):
         "mcp_servers": ([],),
         "output_config": (),
         "output_format": (),
+        "response_format": (),
         "service_tier": ("auto", "standard_only"),
+        "structured_outputs": (),
     }
     harmless: ClassVar[frozenset[str]] = DrawingBody.harmless | {"metadata"}
 
@@ -80,7 +82,7 @@ async def prepare(context: Context, body: MessagesBody) -> MessagesAnswer:
     params = sampling_params(engine, body, fitting, None, stop=stop, **(how.params if how else {}))
     answer = MessagesAnswer(engine, how, shows_thoughts=_thinking(body) != "disabled")
     request = make_request(answer.id, ids, params, body)
-    engine.check(request)
+    await check(engine, request)
     answer.requests.append(request)
     return answer
 

@@ -7,7 +7,7 @@ import json
 from typing import Annotated, Any, ClassVar
 
 from fastapi import FastAPI
-from pydantic import WithJsonSchema
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -17,15 +17,23 @@ from serving.context import Context
 from serving.conversation import Arguments, effort_options, encode_messages, history_call, with_names
 from serving.errors import ApiError, json_response
 from serving.openapi import documented
-from serving.protocol import DrawingBody, Int, fit, make_request, said, sampling_params, truncated
+from serving.protocol import DrawingBody, Int, check, fit, make_request, said, sampling_params, truncated
 from serving.reading import reading
 from serving.routes.responses_answer import ResponseAnswer
 from serving.stream import respond
+from serving.structured import ResponsesFormat, asked
 from serving.tools import Choice, responses_tools
 
 _ITEMS = {"type": "array", "items": {"type": "object"}, "minItems": 1}
 Input = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _ITEMS]})]
 _TEXT_PARTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text")
+
+
+class TextOptions(BaseModel):
+    """The field `text`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: ResponsesFormat | None = None
 
 
 class ResponseBody(DrawingBody):
@@ -37,6 +45,9 @@ class ResponseBody(DrawingBody):
     previous_response_id: str | None = said("Go on after this stored response.")
     store: bool | None = said("Keep the response for later; on unless false.")
     metadata: dict[str, str] | None = said("Kept with the response and given back.")
+    text: TextOptions | None = said(
+        "With `format`: the form of the answer, text, json_object, or json_schema with name and schema beside it."
+    )
     user: str | None = said("Given back; has no other effect.")
     tools: list[Any] | None = said("Functions that the model may call: name, description and the JSON schema of their parameters.")
     tool_choice: Choice | None = said("none, auto, required, or the function to call; auto if there are tools.")
@@ -50,8 +61,9 @@ class ResponseBody(DrawingBody):
         "include": ([],),
         "max_tool_calls": (),
         "prompt": (),
+        "response_format": (),
         "service_tier": ("auto", "default"),
-        "text": ({}, {"format": {"type": "text"}}),
+        "structured_outputs": (),
         "top_logprobs": (0,),
         "truncation": ("disabled",),
     }
@@ -94,11 +106,13 @@ async def prepare(context: Context, body: ResponseBody) -> ResponseAnswer:
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     options = effort_options(engine, _effort(body.reasoning)) | tools.template
     ids = truncated(engine, body, await encode_messages(engine, [*system, *conversation], options), body.max_output_tokens)
-    how = await reading(engine.tokenizer, context.parsers, tools, ids)
-    params = sampling_params(engine, body, fit(engine, len(ids), body.max_output_tokens), None, **(how.params if how else {}))
+    form = asked(body.text.format if body.text else None, param="text.format")
+    how = await reading(engine.tokenizer, context.parsers, tools, ids, form)
+    changes = {"structured_outputs": form} | (how.params if how else {})
+    params = sampling_params(engine, body, fit(engine, len(ids), body.max_output_tokens), None, **changes)
     answer = ResponseAnswer(context, body, conversation, params, tools, how)
     request = make_request(answer.id, ids, params, body)
-    engine.check(request)
+    await check(engine, request)
     answer.requests.append(request)
     return answer
 

@@ -55,7 +55,7 @@ class ResponseAnswer:
             "reasoning": {"effort": (body.reasoning or {}).get("effort"), "summary": None},
             "store": body.store is not False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format(body)},
             "tool_choice": (body.tool_choice or "auto") if tools.tools else "none",
             "tools": [_shown(tool.shown["function"], tool.strict) for tool in tools.tools],
             "top_logprobs": 0,
@@ -196,6 +196,12 @@ def _content(kind: type[Part], text: str) -> dict[str, Any]:
     if kind is Thought:
         return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _format(body: "ResponseBody") -> dict[str, Any]:
+    """The form asked for, as it is given back."""
+    format = body.text.format if body.text else None
+    return {"type": "text"} if format is None else format.model_dump(by_alias=True, exclude_none=True)
 
 
 def _shown(function: dict[str, Any], strict: bool) -> dict[str, Any]:
