@@ -16,7 +16,7 @@ from jaxllm.request import ConfigError
 from serving.errors import ApiError, error_of, told
 from serving.memory import LocalMemory, Memory
 from serving.options import ServerOptions
-from serving.parsers.table import choose
+from serving.parsers.table import Parsers, choose
 from serving.protocol import Body, EngineLike, check_model, parse
 
 log = logging.getLogger("jaxllm.server")
@@ -24,6 +24,16 @@ log = logging.getLogger("jaxllm.server")
 
 class ClientGone(Exception):
     """The client closed its connection before the answer was complete."""
+
+
+def parsers_of(engine: EngineLike, options: ServerOptions) -> Parsers:
+    """What this model's answers are read with. Raises ConfigError where there is none that was asked for."""
+    found = choose(options.tool_call_parser, options.reasoning_parser, {} if engine.tokenizer is None else engine.tokenizer.chat_templates)
+    if options.enable_auto_tool_choice and found.tool is None:
+        raise ConfigError(
+            "--enable-auto-tool-choice: this model's chat template has no form of calls that is known; name one with --tool-call-parser"
+        )
+    return found
 
 
 class Context:
@@ -36,12 +46,7 @@ class Context:
         self.engine, self.options, self.memory = engine, options, memory or LocalMemory()
         # Two servers that answer alike share it: the version and every option that could change an answer.
         self.fingerprint = f"jaxllm-{__version__}-{hashlib.sha256(repr(engine.config).encode()).hexdigest()[:8]}"
-        templates = {} if engine.tokenizer is None else engine.tokenizer.chat_templates
-        self.parsers = choose(options.tool_call_parser, options.reasoning_parser, templates)
-        if options.enable_auto_tool_choice and self.parsers.tool is None:
-            raise ConfigError(
-                "--enable-auto-tool-choice: this model's chat template has no form of calls that is known; name one with --tool-call-parser"
-            )
+        self.parsers = parsers_of(engine, options)
         self.deadline = asyncio.Event()  # the server stops, and what still runs has had its time
         self._ignored = _IgnoredFields()
 

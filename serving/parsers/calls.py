@@ -22,13 +22,14 @@ Parse = Callable[[str, Schemas], tuple[list[Call], str]]
 class Form:
     """How one kind of model writes calls.
 
-    marks: each begins a call, anywhere. end: ends it; None: the answer's end or the next mark does. openings: what a call without a mark
+    models: which they are. marks: each begins a call, anywhere. end: ends it; None: the answer's end or the next mark does. openings: what a call without a mark
     begins with, at the beginning of an answer only; NAME stands for any tool's. dropped: marks that say nothing. further: marks within
     a call. quoted: marks within a JSON string of a call are its text. template: an expression; a model is of this kind if it is found in
     its chat template. written: how the model writes calls, for grammars: before the first, a call, between two, after the last; NAME and
     ARGUMENTS stand for what they say. None between two: there can be one only; None at all: there is no such grammar.
     """
 
+    models: str
     parse: Parse
     marks: tuple[str, ...] = ()
     end: str | None = None
@@ -203,14 +204,16 @@ RECIPIENT = re.compile(r"\bto=([\w.-]+)")
 SEP = "<｜tool▁sep｜>"
 _JSON_CALL = ('{"name": "NAME"', '{"name":"NAME"', '{ "name": "NAME"')
 HERMES = Form(
+    "Hermes; Qwen 2.5 and 3; the model in the package",
     parse_object,
     ("<tool_call>",),
     "</tool_call>",
     template=r"<tool_call>[\s\\n'\"+~]*\{\\?[\"']name",
     written=("<tool_call>\n", '{"name": "NAME", "arguments": ARGUMENTS}', "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
 )
-XML = Form(parse_xml, ("<tool_call>",), "</tool_call>", quoted=False, template=r"<tool_call>[\s\\n'\"+~]*<function=")
+XML = Form("Qwen3-Coder", parse_xml, ("<tool_call>",), "</tool_call>", quoted=False, template=r"<tool_call>[\s\\n'\"+~]*<function=")
 LLAMA_JSON = Form(
+    "Llama 3.1 to 3.3",
     parse_objects,
     ("<|python_tag|>",),
     openings=(*_JSON_CALL, '{"type": "function", "name": "NAME"'),
@@ -218,6 +221,7 @@ LLAMA_JSON = Form(
     written=("", '{"name": "NAME", "parameters": ARGUMENTS}', "; ", ""),
 )
 PYTHONIC = Form(
+    "Llama 4, and others that call in Python",
     parse_python,
     ("<|python_start|>",),
     openings=("[NAME(",),
@@ -225,16 +229,18 @@ PYTHONIC = Form(
     template=r"\[func_name1\(params_name1",
 )
 MISTRAL = Form(
+    "Mistral, where the chat template writes a JSON list",
     parse_mistral,
     ("[TOOL_CALLS]",),
     further=("[ARGS]", "[CALL_ID]"),
     template=r"\[TOOL_CALLS\]",
     written=("[TOOL_CALLS][", '{"name": "NAME", "arguments": ARGUMENTS}', ", ", "]"),
 )
-MISTRAL_ARGS = replace(MISTRAL, template=r"\[ARGS\]", written=("[TOOL_CALLS]", "NAME[ARGS]ARGUMENTS", "[TOOL_CALLS]", ""))
+MISTRAL_ARGS = replace(MISTRAL, models="Mistral, where the chat template writes [ARGS]", template=r"\[ARGS\]", written=("[TOOL_CALLS]", "NAME[ARGS]ARGUMENTS", "[TOOL_CALLS]", ""))
 _CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 DEEPSEEK = Form(
+    "DeepSeek V3 and R1",
     parse_deepseek,
     (_CALL[0],),
     _CALL[1],
@@ -243,8 +249,9 @@ DEEPSEEK = Form(
     template=f"{SEP}.*```json",
     written=(_CALLS[0], f"{_CALL[0]}function{SEP}NAME\n```json\nARGUMENTS\n```{_CALL[1]}", "\n", _CALLS[1]),
 )
-DEEPSEEK_V31 = replace(DEEPSEEK, template=SEP, written=(_CALLS[0], f"{_CALL[0]}NAME{SEP}ARGUMENTS{_CALL[1]}", "", _CALLS[1]))
+DEEPSEEK_V31 = replace(DEEPSEEK, models="DeepSeek V3.1", template=SEP, written=(_CALLS[0], f"{_CALL[0]}NAME{SEP}ARGUMENTS{_CALL[1]}", "", _CALLS[1]))
 HARMONY = Form(
+    "gpt-oss",
     parse_harmony,
     ("<|end|>", "<|call|>", "<|return|>", "<|start|>"),
     further=(MESSAGE, "<|channel|>", "<|constrain|>"),
@@ -252,6 +259,7 @@ HARMONY = Form(
     written=("", f"<|channel|>commentary to=functions.NAME <|constrain|>json{MESSAGE}ARGUMENTS<|call|>", None, ""),
 )
 JSON = Form(
+    "any: for calls that must be made by a model without a form that can be enforced",
     parse_objects,
     openings=(*_JSON_CALL, *(f"[{each}" for each in _JSON_CALL)),
     written=("[", '{"name": "NAME", "parameters": ARGUMENTS}', ", ", "]"),

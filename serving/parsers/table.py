@@ -23,6 +23,7 @@ class Tags:
     what is searched for in a chat template to know that the model is of this kind.
     """
 
+    models: str
     start: str
     end: str
     begins: Place
@@ -54,8 +55,8 @@ TOOL_PARSERS: dict[str, Form] = {
 }
 REASONING_PARSERS: dict[str, Tags | Form] = {
     "openai_gptoss": HARMONY,
-    "deepseek_r1": Tags("<think>", "</think>", "within", r"<｜Assistant｜>.*</think>"),
-    "qwen3": Tags("<think>", "</think>", "before", r"</?think>"),
+    "deepseek_r1": Tags("DeepSeek R1: its answers begin within a thought", "<think>", "</think>", "within", r"<｜Assistant｜>.*</think>"),
+    "qwen3": Tags("Qwen 3, and others with these tags, whether prompt or answer has the first", "<think>", "</think>", "before", r"</?think>"),
 }
 
 
