@@ -22,11 +22,12 @@ Parse = Callable[[str, Schemas], tuple[list[Call], str]]
 class Form:
     """How one kind of model writes calls.
 
-    models: which they are. marks: each begins a call, anywhere. end: ends it; None: the answer's end or the next mark does. openings: what a call without a mark
-    begins with, at the beginning of an answer only; NAME stands for any tool's. dropped: marks that say nothing. further: marks within
-    a call. quoted: marks within a JSON string of a call are its text. template: an expression; a model is of this kind if it is found in
-    its chat template. written: how the model writes calls, for grammars: before the first, a call, between two, after the last; NAME and
-    ARGUMENTS stand for what they say. None between two: there can be one only; None at all: there is no such grammar.
+    models: which they are. marks: each begins a call, anywhere. end: ends it; None: the answer's end or the next mark does. openings: what
+    a call without a mark begins with, at the beginning of an answer only; NAME stands for any tool's. dropped: marks that say nothing.
+    further: marks within a call. quoted: marks within a JSON string of a call are its text. template: an expression; a model is of this
+    kind if it is found in its chat template. written: how the model writes calls, for grammars: before the first, a call, between two,
+    after the last; NAME and ARGUMENTS stand for what they say. None between two: there can be one only; None at all: there is no such
+    grammar.
     """
 
     models: str
@@ -236,7 +237,12 @@ MISTRAL = Form(
     template=r"\[TOOL_CALLS\]",
     written=("[TOOL_CALLS][", '{"name": "NAME", "arguments": ARGUMENTS}', ", ", "]"),
 )
-MISTRAL_ARGS = replace(MISTRAL, models="Mistral, where the chat template writes [ARGS]", template=r"\[ARGS\]", written=("[TOOL_CALLS]", "NAME[ARGS]ARGUMENTS", "[TOOL_CALLS]", ""))
+MISTRAL_ARGS = replace(
+    MISTRAL,
+    models="Mistral, where the chat template writes [ARGS]",
+    template=r"\[ARGS\]",
+    written=("[TOOL_CALLS]", "NAME[ARGS]ARGUMENTS", "[TOOL_CALLS]", ""),
+)
 _CALLS = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>"
 DEEPSEEK = Form(
@@ -249,7 +255,9 @@ DEEPSEEK = Form(
     template=f"{SEP}.*```json",
     written=(_CALLS[0], f"{_CALL[0]}function{SEP}NAME\n```json\nARGUMENTS\n```{_CALL[1]}", "\n", _CALLS[1]),
 )
-DEEPSEEK_V31 = replace(DEEPSEEK, models="DeepSeek V3.1", template=SEP, written=(_CALLS[0], f"{_CALL[0]}NAME{SEP}ARGUMENTS{_CALL[1]}", "", _CALLS[1]))
+DEEPSEEK_V31 = replace(
+    DEEPSEEK, models="DeepSeek V3.1", template=SEP, written=(_CALLS[0], f"{_CALL[0]}NAME{SEP}ARGUMENTS{_CALL[1]}", "", _CALLS[1])
+)
 HARMONY = Form(
     "gpt-oss",
     parse_harmony,

@@ -56,7 +56,7 @@ TOOL_PARSERS: dict[str, Form] = {
 REASONING_PARSERS: dict[str, Tags | Form] = {
     "openai_gptoss": HARMONY,
     "deepseek_r1": Tags("DeepSeek R1: its answers begin within a thought", "<think>", "</think>", "within", r"<｜Assistant｜>.*</think>"),
-    "qwen3": Tags("Qwen 3, and others with these tags, whether prompt or answer has the first", "<think>", "</think>", "before", r"</?think>"),
+    "qwen3": Tags("Qwen 3, and others with these tags; the prompt may have the first", "<think>", "</think>", "before", r"</?think>"),
 }
 
 
