@@ -3,7 +3,10 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from pydantic_core import from_json
 
 from jaxllm.request import Completion, RequestError, StructuredOutputs
 from serving.parsers.calls import HARMONY, JSON, Form
@@ -13,6 +16,7 @@ from serving.parsers.parts import Call, Part, Reader, Text, Thought, joined
 from serving.parsers.reader import CallReader, Chain
 from serving.parsers.table import Parsers, Place, Tags
 from serving.parsers.thinking import ThoughtReader
+from serving.parsers.written import WrittenReader
 from serving.tools import Tools
 
 _PROMPT_END = 16  # tokens in which the prompt's last tag is, with the blank space around it
@@ -76,11 +80,12 @@ def _reader(form: Form | None, tags: Tags | Form | None, place: Place, tools: To
     schemas = tools.schemas
     if form is HARMONY:
         return lambda: HarmonyReader(schemas)
+    calls = None if form is None else partial(WrittenReader, form) if tools.enforced else partial(CallReader, form, schemas)
     if not isinstance(tags, Tags):
-        return None if form is None else lambda: CallReader(form, schemas)
-    if form is None:
+        return calls
+    if calls is None:
         return lambda: ThoughtReader(tags, place)
-    return lambda: Chain(ThoughtReader(tags, place), CallReader(form, schemas))
+    return lambda: Chain(ThoughtReader(tags, place), calls())
 
 
 def _enforced(
@@ -131,3 +136,9 @@ def parts_of(reader: ChoiceReader | None, completion: Completion) -> list[Part]:
     if reader is None:
         return [Text(completion.text)] if completion.text else []
     return reader.read(completion.text, completion.finish_reason is not None)
+
+
+def object_of(arguments: str) -> dict[str, Any]:
+    """A call's arguments as an object: of arguments that were cut short, as much as there is."""
+    made = from_json(arguments or "{}", allow_partial="trailing-strings")
+    return made if isinstance(made, dict) else {}

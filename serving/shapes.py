@@ -152,7 +152,7 @@ class OutputReasoning(Shape):
 class OutputCall(Shape):
     id: str
     type: Literal["function_call"]
-    status: Literal["completed"]
+    status: Literal["completed", "incomplete"]
     call_id: str
     name: str
     arguments: str

@@ -14,9 +14,11 @@ from jaxllm.text import Tokenizer
 from serving.parsers.calls import HARMONY, Form
 from serving.parsers.enforce import NoGrammar, answer_grammar
 from serving.parsers.harmony import HarmonyReader
-from serving.parsers.parts import Call, Text, joined
+from serving.parsers.parts import Call, More, Text, joined
 from serving.parsers.reader import CallReader
 from serving.parsers.table import REASONING_PARSERS, TOOL_PARSERS, Place, Tags
+from serving.parsers.written import WrittenReader
+from serving.reading import object_of
 from serving.tools import Tool, Tools
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 3}}, "required": ["city"], "additionalProperties": False}
@@ -173,8 +175,39 @@ def test_whatever_the_grammar_lets_through_is_read(plain, name):
         assert calls and not any(isinstance(part, Text) for part in parts), text
         assert all(fits(call.name, json.loads(call.arguments)) for call in calls), text
         assert not tools.one or [call.name for call in calls] == ["count.all"]
+        if form is not HARMONY:
+            assert calls_as_they_come(form, text, ways) == [(call.name, json.loads(call.arguments)) for call in calls]
         ended += 1
     assert ended == 10
+
+
+def calls_as_they_come(form: Form, text: str, ways: random.Random) -> list[tuple[str, dict]]:
+    """What WrittenReader makes of the text, in pieces of up to 4 characters."""
+    reader, parts, at = WrittenReader(form), [], 0
+    while at < len(text):
+        size = ways.randint(1, 4)
+        parts += reader.feed(text[at : at + size])
+        at += size
+    calls = joined([*parts, *reader.finish()])
+    assert all(isinstance(part, Call) for part in calls)
+    assert any(isinstance(part, More) for part in parts)  # told before it is complete
+    return [(part.name, json.loads(part.arguments)) for part in calls if isinstance(part, Call)]
+
+
+@pytest.mark.parametrize("cut", range(150))
+def test_calls_that_end_too_soon_keep_what_there_is(cut):
+    """Cut anywhere: a call whose arguments have begun has what there is of them; a head is text; ends of the form are nobody's."""
+    form = TOOL_PARSERS["hermes"]
+    text = answer(form, ("weather", {"city": 'U"lm}'}), ("count.all", {"n": 1}))[:cut]
+    reader = WrittenReader(form)
+    parts = joined([*reader.feed(text), *reader.finish()])
+    calls = [part for part in parts if isinstance(part, Call)]
+    assert len(calls) == text.count('"arguments": ')
+    for call, said in zip(calls, ('{"city": "U\\"lm}"}', '{"n": 1}'), strict=False):
+        assert said.startswith(call.arguments) and (call is calls[-1] or call.arguments == said)
+        assert object_of(call.arguments).keys() <= {"city", "n"}
+    kept = "".join(part.text for part in parts if isinstance(part, Text))
+    assert text.endswith(kept) and len(calls) + bool(kept) >= min(text.count('"name"'), 1)
 
 
 def walk(matcher: Any, start: list[int], short: np.ndarray, ways: random.Random) -> list[int]:

@@ -32,6 +32,7 @@ TWO_CALLS = """I look.
 <tool_call>
 {"name": "clock"}
 </tool_call>"""
+ENFORCED = TWO_CALLS.removeprefix("I look.\n").replace('"clock"}', '"clock", "arguments": {}}')
 THOUGHT = "<think>\nHm, hm.\n</think>\n\n"
 TEMPLATE = """{{- '<tool_call>\\n{"name": ' }} <think> {% if enable_thinking %}"""
 
@@ -154,7 +155,7 @@ def test_tools_that_must_not_be_called_are_not_shown(client, served, says):
 
 
 def test_a_call_that_must_be_made_is_a_grammar(client, served, says):
-    says(TWO_CALLS.removeprefix("I look.\n"))
+    says(ENFORCED)
     assert named(chat(client, tools=TOOLS, tool_choice="required").choices[0].message.tool_calls) == [PARIS, CLOCK]
     city = json.dumps(CITY)[:-1]
     assert all(text in grammar(served) for text in (city, "get_weather", "clock"))
@@ -165,6 +166,37 @@ def test_a_call_that_must_be_made_is_a_grammar(client, served, says):
     assert served.engine.served[-1].params.structured_outputs is None
     chat(client, tools=[TOOLS[0] | {"function": FUNCTIONS[0] | {"strict": True}}, TOOLS[1]])
     assert city in grammar(served) and "text" in grammar(served)
+
+
+def test_a_call_that_must_be_made_is_streamed_as_it_comes(client, claude, served, says):
+    """Its form is certain: nobody has to wait for its end. One that is cut short has what there is."""
+    says(THOUGHT + ENFORCED)
+    must: dict = {"tools": TOOLS, "tool_choice": "required", "stream": True}
+    chunks = [chunk.choices[0] for chunk in chat(client, **must)]
+    deltas = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    assert "".join(call.function.arguments for call in deltas if call.index == 0) == '{"city": "Paris"}' and len(deltas) > 15
+    assert [call.function.name for call in deltas if call.id] == ["get_weather", "clock"] and chunks[-1].finish_reason == "tool_calls"
+    assert not any(chunk.delta.content for chunk in chunks)
+
+    def kinds(events) -> list[str]:
+        return [event.type for event in events]
+
+    begun = len(THOUGHT) + ENFORCED.index('is"}')
+    cut = chat(client, tools=TOOLS, tool_choice="required", max_tokens=begun).choices[0]
+    assert cut.message.tool_calls[0].function.arguments == '{"city": "Par' and cut.finish_reason == "length" and cut.message.content is None
+    events = list(respond(client, tool_choice="required", stream=True))
+    assert kinds(events).count("response.function_call_arguments.delta") > 15 and kinds(events).count("response.output_item.done") == 3
+    response = respond(client, tool_choice="required", max_output_tokens=begun)
+    assert response.output[-1].arguments == '{"city": "Par' and response.output[-1].status == response.status == "incomplete"
+    assert client.responses.retrieve(response.id).output[-1].arguments == '{"city": "Par'
+    body: dict = {"model": "fake", "messages": ASKED, "tools": CLAUDES, "tool_choice": {"type": "any"}}
+    with claude.messages.stream(**body, max_tokens=1000) as stream:
+        assert kinds(list(stream)).count("input_json") > 15
+        assert [(block.name, block.input) for block in stream.get_final_message().content[1:]] == [PARIS, CLOCK]
+    cut = message(claude, tool_choice={"type": "any"}, max_tokens=begun)
+    assert (cut.content[-1].input, cut.stop_reason) == ({"city": "Par"}, "max_tokens")
+    cut = chat(client, tools=TOOLS, tool_choice="required", max_tokens=len(THOUGHT) + 20).choices[0]
+    assert cut.message.content == ENFORCED[:20] and not cut.message.tool_calls
 
 
 def test_a_form_of_the_answer_beside_thoughts_and_tools(client, served, says):

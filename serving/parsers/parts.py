@@ -17,13 +17,20 @@ class Thought:
 
 @dataclass(frozen=True)
 class Call:
-    """arguments: a JSON object as text."""
+    """arguments: a JSON object as text, or its beginning, on which More goes on."""
 
     name: str
     arguments: str
 
 
-Part = Text | Thought | Call
+@dataclass(frozen=True)
+class More:
+    """More of the arguments of the call before."""
+
+    arguments: str
+
+
+Part = Text | Thought | Call | More
 Schemas = Mapping[str, Mapping[str, Any]]  # the tools there are: name to the JSON schema of its parameters
 
 
@@ -40,7 +47,7 @@ class Reader(Protocol):
 
 
 def joined(parts: Sequence[Part]) -> list[Part]:
-    """`parts` with neighbouring texts and neighbouring thoughts put together."""
+    """`parts` with neighbours that go on from each other put together."""
     out: list[Part] = []
     for part in parts:
         last = out[-1] if out else None
@@ -48,6 +55,10 @@ def joined(parts: Sequence[Part]) -> list[Part]:
             out[-1] = Text(last.text + part.text)
         elif isinstance(part, Thought) and isinstance(last, Thought):
             out[-1] = Thought(last.text + part.text)
+        elif isinstance(part, More) and isinstance(last, Call):
+            out[-1] = Call(last.name, last.arguments + part.arguments)
+        elif isinstance(part, More) and isinstance(last, More):
+            out[-1] = More(last.arguments + part.arguments)
         else:
             out.append(part)
     return out

@@ -147,18 +147,19 @@ class ReadChatAnswer(ChatAnswer):
         return b"".join((*events, self._delta(deltas[-1], completion, _finish_reason(completion, reader), usage)))
 
     def _deltas(self, parts: list[Part], count: int) -> Iterator[dict[str, Any]]:
-        """count: the calls before these parts."""
+        """count: the calls that began before these parts."""
         for part in parts:
             if isinstance(part, Text):
                 yield {"content": part.text}
-            elif isinstance(part, Call):
-                call = whole_call(part)
-                function = {"name": part.name, "arguments": ""}
-                yield {"tool_calls": [{"index": count, **call, "function": function}]}
-                yield {"tool_calls": [{"index": count, "function": {"arguments": part.arguments}}]}
-                count += 1
-            elif self._shows_thoughts:
-                yield _thought(part.text)
+            elif isinstance(part, Thought):
+                if self._shows_thoughts:
+                    yield _thought(part.text)
+            else:
+                if isinstance(part, Call):
+                    count += 1
+                    yield {"tool_calls": [{"index": count - 1, **whole_call(Call(part.name, ""))}]}
+                if part.arguments:
+                    yield {"tool_calls": [{"index": count - 1, "function": {"arguments": part.arguments}}]}
 
     async def last(self, usage: Usage) -> bytes:
         await self._count(usage)

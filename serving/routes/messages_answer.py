@@ -1,15 +1,14 @@
 """Outputs to Anthropic's message shape: blocks of text, thinking and tool use, whole or as the events of a stream."""
 
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 from uuid import uuid4
 
 from jaxllm.request import Completion, Output, Request
 from serving.errors import ApiError, encode
-from serving.parsers.parts import Call, Part, Text, Thought
+from serving.parsers.parts import Call, More, Part, Text, Thought
 from serving.protocol import EngineLike
-from serving.reading import ChoiceReader, Reading, parts_of
+from serving.reading import ChoiceReader, Reading, object_of, parts_of
 from serving.routes.chat_answer import call_id
 from serving.usage import Usage
 
@@ -55,10 +54,11 @@ class MessagesAnswer:
     def _tell(self, part: Part) -> bytes:
         """The part in the block that is open, or in one of its own."""
         before = b""
-        if type(part) is not self._open or isinstance(part, Call):
+        if isinstance(part, Call) or not (isinstance(part, More) or type(part) is self._open):
             before = self._close() + _event("content_block_start", index=self._blocks, content_block=_empty(part))
             self._open = type(part)
-        return before + _event("content_block_delta", index=self._blocks, delta=_delta(part))
+        delta = _delta(part)
+        return before + (_event("content_block_delta", index=self._blocks, delta=delta) if delta else b"")
 
     def _close(self) -> bytes:
         if self._open is None:
@@ -83,7 +83,7 @@ class MessagesAnswer:
         return {"stop_reason": reason, "stop_sequence": end.stop_reason if reason == "stop_sequence" else None}
 
 
-def _empty(part: Part) -> dict[str, Any]:
+def _empty(part: Text | Thought | Call) -> dict[str, Any]:
     match part:
         case Text():
             return {"type": "text", "text": ""}
@@ -100,17 +100,18 @@ def _filled(part: Part) -> dict[str, Any]:
         case Thought(text):
             return _empty(part) | {"thinking": text}
         case Call(_, arguments):
-            return _empty(part) | {"input": json.loads(arguments)}
+            return _empty(part) | {"input": object_of(arguments)}
+    raise AssertionError("a call's beginning and end are one part in a whole answer")
 
 
-def _delta(part: Part) -> dict[str, str]:
+def _delta(part: Part) -> dict[str, str] | None:
     match part:
         case Text(text):
             return {"type": "text_delta", "text": text}
         case Thought(text):
             return {"type": "thinking_delta", "thinking": text}
-        case Call(_, arguments):
-            return {"type": "input_json_delta", "partial_json": arguments}
+        case Call(_, arguments) | More(arguments):
+            return {"type": "input_json_delta", "partial_json": arguments} if arguments else None
 
 
 def _event(kind: str, **data: Any) -> bytes:

@@ -1,6 +1,5 @@
 """Outputs to OpenAI's response shape: items of message, reasoning and function call, whole or as the numbered events of a stream."""
 
-import json
 import time
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
@@ -10,9 +9,9 @@ from jaxllm.request import Completion, Output, Request, SamplingParams
 from serving.context import Context
 from serving.conversation import history_call
 from serving.errors import ApiError, encode
-from serving.parsers.parts import Call, Part, Text, Thought
+from serving.parsers.parts import Call, More, Part, Text, Thought
 from serving.protocol import EngineLike, off_loop
-from serving.reading import ChoiceReader, Reading, parts_of
+from serving.reading import ChoiceReader, Reading, object_of, parts_of
 from serving.routes.chat_answer import call_id
 from serving.tools import Tools
 from serving.usage import Usage
@@ -132,64 +131,58 @@ class ResponseAnswer:
 
     def _tell(self, part: Part) -> bytes:
         """The part in the item that is open, or in one of its own."""
-        if isinstance(part, Call):
-            return self._close("completed") + self._call(part)
-        begin = b"" if type(part) is self._open else self._close("completed") + self._begin(part)
-        self._text.append(part.text)
-        if not part.text:
-            return begin
-        logprobs = {"logprobs": []} if isinstance(part, Text) else {}
-        return begin + self._event(f"response.{_KINDS[type(part)]}.delta", **self._place, delta=part.text, **logprobs)
+        begin = b""
+        if isinstance(part, Call) or not (isinstance(part, More) or type(part) is self._open):
+            begin = self._close("completed") + self._begin(part)
+        text = part.text if isinstance(part, Text | Thought) else part.arguments
+        self._text.append(text)
+        assert self._open is not None
+        kind, place, logprobs = self._kind()
+        return begin + (self._event(f"response.{kind}.delta", **place, delta=text, **logprobs) if text else b"")
 
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1, "content_index": 0}
+    def _kind(self) -> tuple[str, dict[str, Any], dict[str, Any]]:
+        """How the open item's events are called, where they say they are, and what else they have."""
+        place = {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
+        if self._open is Call:
+            return "function_call_arguments", place, {}
+        if self._open is Thought:
+            return "reasoning_text", place | {"content_index": 0}, {}
+        return "output_text", place | {"content_index": 0}, {"logprobs": []}
 
-    def _begin(self, part: Text | Thought) -> bytes:
+    def _begin(self, part: Text | Thought | Call) -> bytes:
         self._open = type(part)
-        self._items.append(_item(type(part)))
+        self._items.append(_item(part))
         added = self._event("response.output_item.added", output_index=len(self._items) - 1, item=self._items[-1])
-        return added + self._event("response.content_part.added", **self._place, part=_content(type(part), ""))
+        if isinstance(part, Call):
+            return added
+        return added + self._event("response.content_part.added", **self._kind()[1], part=_content(type(part), ""))
 
     def _close(self, status: str) -> bytes:
         """Completes the item that is open, if one is."""
         if self._open is None:
             return b""
-        kind, text = self._open, "".join(self._text)
-        content = _content(kind, text)
+        text, item = "".join(self._text), self._items[-1] | {"status": status}
+        kind, place, logprobs = self._kind()
+        if self._open is Call:
+            self._items[-1] = item | {"arguments": text}
+            done = self._event(f"response.{kind}.done", **place, name=item["name"], arguments=text)
+        else:
+            self._items[-1] = item | {"content": [_content(self._open, text)]}
+            done = self._event(f"response.{kind}.done", **place, text=text, **logprobs)
+            done += self._event("response.content_part.done", **place, part=self._items[-1]["content"][0])
         self._open, self._text = None, []
-        self._items[-1] = self._items[-1] | {"status": status, "content": [content]}
-        logprobs = {"logprobs": []} if kind is Text else {}
-        return b"".join(
-            (
-                self._event(f"response.{_KINDS[kind]}.done", **self._place, text=text, **logprobs),
-                self._event("response.content_part.done", **self._place, part=content),
-                self._event("response.output_item.done", output_index=len(self._items) - 1, item=self._items[-1]),
-            )
-        )
-
-    def _call(self, call: Call) -> bytes:
-        item = {"id": f"fc_{uuid4().hex}", "type": "function_call", "call_id": call_id(), "name": call.name}
-        empty = item | {"arguments": "", "status": "in_progress"}
-        self._items.append(item | {"arguments": call.arguments, "status": "completed"})
-        place = {"item_id": item["id"], "output_index": len(self._items) - 1}
-        return b"".join(
-            (
-                self._event("response.output_item.added", output_index=place["output_index"], item=empty),
-                self._event("response.function_call_arguments.delta", **place, delta=call.arguments),
-                self._event("response.function_call_arguments.done", **place, name=call.name, arguments=call.arguments),
-                self._event("response.output_item.done", output_index=place["output_index"], item=self._items[-1]),
-            )
-        )
+        return done + self._event("response.output_item.done", output_index=len(self._items) - 1, item=self._items[-1])
 
 
-_KINDS: dict[type[Part], str] = {Text: "output_text", Thought: "reasoning_text"}
-
-
-def _item(kind: type[Part]) -> dict[str, Any]:
-    if kind is Thought:
-        return {"id": f"rs_{uuid4().hex}", "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
-    return {"id": f"msg_{uuid4().hex}", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+def _item(part: Text | Thought | Call) -> dict[str, Any]:
+    match part:
+        case Text():
+            return {"id": f"msg_{uuid4().hex}", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+        case Thought():
+            return {"id": f"rs_{uuid4().hex}", "type": "reasoning", "status": "in_progress", "summary": [], "content": []}
+        case Call(name, _):
+            known = {"call_id": call_id(), "name": name, "arguments": ""}
+            return {"id": f"fc_{uuid4().hex}", "type": "function_call", "status": "in_progress", **known}
 
 
 def _content(kind: type[Part], text: str) -> dict[str, Any]:
@@ -211,6 +204,6 @@ def _shown(function: dict[str, Any], strict: bool) -> dict[str, Any]:
 def _message(items: list[dict[str, Any]]) -> dict[str, Any]:
     """The items as one message of the conversation that goes on from here."""
     texts = {kind: "".join(item["content"][0]["text"] for item in items if item["type"] == kind) for kind in ("message", "reasoning")}
-    calls = [history_call(i["call_id"], i["name"], json.loads(i["arguments"]), "") for i in items if i["type"] == "function_call"]
+    calls = [history_call(i["call_id"], i["name"], object_of(i["arguments"]), "") for i in items if i["type"] == "function_call"]
     thought = {"reasoning_content": texts["reasoning"]} if texts["reasoning"] else {}
     return {"role": "assistant", "content": texts["message"], **thought, **({"tool_calls": calls} if calls else {})}
