@@ -11,6 +11,7 @@ _HOMES = {
     "Engine": "jaxllm.engine",
     "EngineConfig": "jaxllm.config",
     "SamplingParams": "jaxllm.request",
+    "StructuredOutputs": "jaxllm.request",
     "Request": "jaxllm.request",
     "Output": "jaxllm.request",
     "Completion": "jaxllm.request",
@@ -40,6 +41,7 @@ __all__ = [
     "Request",
     "RequestError",
     "SamplingParams",
+    "StructuredOutputs",
     "load",
 ]
 __version__ = "0.1.0"
@@ -59,6 +61,7 @@ if TYPE_CHECKING:
     from jaxllm.request import Request as Request
     from jaxllm.request import RequestError as RequestError
     from jaxllm.request import SamplingParams as SamplingParams
+    from jaxllm.request import StructuredOutputs as StructuredOutputs
     from jaxllm.research import Model as Model
     from jaxllm.research import load as load
 

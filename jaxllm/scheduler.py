@@ -52,12 +52,14 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def masked(self) -> bool:
+        """Does what it may draw depend on the tokens it has produced?"""
+        return self.mask is not None and self.mask.changes
+
+    @property
     def todo(self) -> int:
-        """Tokens to run before the next one can be sampled. 0 once the last allowed one has been, and while what it may draw depends on
-        a token that is not read yet."""
-        if self.length >= self.limit or (self.pending and self.mask is not None and self.mask.changes):
-            return 0
-        return self.length - self.computed
+        """Tokens to run before the next one can be sampled. 0 once the last allowed one has been."""
+        return self.length - self.computed if self.length < self.limit else 0
 
 
 class Row(NamedTuple):
