@@ -44,8 +44,9 @@ BATCH = {
         Flag("max_concurrency", "Most requests under way at once.", whole(1), "COUNT", "twice what the engine runs at once"),
     ]
 }
-# Of jaxllm serve's own flags, those that say how a request is read.
-READING = {"Reading": [flag for group in options.SERVER.values() for flag in group if flag.name in ("strict",)]}
+# Of jaxllm serve's own flags, those that say how requests and answers are read.
+_STRICT = [flag for group in options.SERVER.values() for flag in group if flag.name == "strict"]
+READING = {"Reading": [*_STRICT, *options.SERVER["Tools and reasoning"]]}
 
 
 def batch_parser() -> Parser:

@@ -25,6 +25,8 @@ WARM_UP_S, WINDOW_S, EVERY_S = 120, 60, 2
 GROWTH = 2  # percent that memory may grow after the warm-up
 ABUSERS = 16  # one client in so many
 GOOD = ("answered", "streamed", "left", "refused", "429")  # how an outcome may begin
+SCHEMA = {"type": "object", "properties": {"good": {"type": "boolean"}}, "required": ["good"], "additionalProperties": False}
+FORM = {"type": "json_schema", "json_schema": {"name": "answer", "schema": SCHEMA}}
 
 
 def messages() -> list[dict[str, str]]:
@@ -37,10 +39,12 @@ def some_body() -> tuple[str, dict[str, Any]]:
     words = "Once upon a time " * random.randint(1, 8)
     draw = {"max_tokens": random.randint(1, 80), "stream": random.random() < 0.7}
     if path == "completions":
-        extra = random.choice([{}, {"n": 2}, {"logprobs": 3}, {"bad_words": ["time"]}, {"logit_bias": {"300": -5}}, {"echo": True}])
-        return "/v1/completions", {"prompt": words} | draw | extra | random.choice([{}, {"temperature": 0}, {"seed": 5}])
+        extra = [{}, {"n": 2}, {"logprobs": 3}, {"bad_words": ["time"]}, {"logit_bias": {"300": -5}}, {"echo": True}]
+        extra += [{"structured_outputs": {"regex": f"[a-z]{{{random.randint(1, 9)}}}"}}, {"structured_outputs": {"choice": ["yes", "no"]}}]
+        return "/v1/completions", {"prompt": words} | draw | random.choice(extra) | random.choice([{}, {"temperature": 0}, {"seed": 5}])
     if path in ("chat/completions", "messages"):
-        return f"/v1/{path}", {"messages": messages()} | draw
+        form = {"response_format": FORM} if path == "chat/completions" and random.random() < 0.2 else {}
+        return f"/v1/{path}", {"messages": messages()} | draw | form
     if path == "responses":
         return "/v1/responses", {"input": words, "max_output_tokens": draw["max_tokens"], "stream": draw["stream"]}
     if path == "tokenize":
