@@ -88,6 +88,7 @@ class Connection(HttpToolsProtocol):
             self.cycle.message_event.set()
         # Closed at once, the next byte that comes would be met by a reset, and whoever sends it might never see the answer.
         self.transport.write_eof()
+        self.flow.resume_reading()  # or what is still being sent would stand before a closed door
         self.loop.call_later(LINGER_S, self.transport.close)
 
 

@@ -35,7 +35,8 @@ class Server:
         with socket.create_server(("127.0.0.1", 0)) as free:  # a port of its own, which a restarted engine keeps
             self.port = free.getsockname()[1]
         argv = [*ENGINE, "--port", str(self.port), "--receive-timeout", str(RECEIVE_S), "--max-num-queued-reqs", str(queue)]
-        argv += ["--chat-template", str(template), "--disable-log-stats", *flags]
+        # A small body limit: what a client may make the server hold for a moment is no leak, but would hide one.
+        argv += ["--chat-template", str(template), "--disable-log-stats", "--max-body-bytes", "1M", *flags]
         self.log = open(Path(self._folder.name) / "log", "w+b")  # noqa: SIM115 - closed by close()
         start = time.monotonic()
         self.process = subprocess.Popen(

@@ -103,6 +103,17 @@ def test_who_goes_on_sending_hears_it_too(small, caplog, begun):
     assert "Traceback" not in caplog.text and "ERROR" not in caplog.text
 
 
+def test_who_sends_much_after_the_refusal_hears_it_too(small):
+    for _ in range(4):
+        with socket.create_connection(("127.0.0.1", small.port), timeout=8) as connection:
+            connection.sendall(head(2**30))
+            start = time.monotonic()
+            while time.monotonic() - start < 0.7:  # the refusal comes while the server is busy reading
+                connection.sendall(b"x" * 2**18)
+            connection.sendall(b"x" * 2**25)
+            assert b" 408 " in connection.recv(65536)
+
+
 def test_who_does_not_stop_sending_is_cut_off(small, monkeypatch):
     monkeypatch.setattr("serving.connection.LINGER_S", 1)
     with socket.create_connection(("127.0.0.1", small.port), timeout=10) as connection:

@@ -13,7 +13,7 @@ KEY = "any"
 QUESTION = "Tell me a story about a dog."
 TOOL_QUESTION = "What is the weather in Paris?"
 PET_QUESTION = "Describe a brown dog named Max as JSON with name, kind and good."
-ENOUGH = 200  # tokens
+ENOUGH = 80  # tokens
 PET = {
     "type": "object",
     "properties": {"name": {"type": "string"}, "kind": {"type": "string", "enum": ["dog", "cat"]}, "good": {"type": "boolean"}},

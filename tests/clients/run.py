@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CACHE = ROOT / ".clients"
-PROGRAM_S = 300  # for one client's program
+PROGRAM_S = 900  # for one client's program, on a machine as busy as may be
 
 CLIENTS = {  # what pip installs
     "openai": "openai",
@@ -93,6 +94,7 @@ def main() -> int:
     args = parser.parse_args()
     if unknown := set(args.clients) - set(CLIENTS):
         parser.error(f"there is no client {min(unknown)}: there is {', '.join(CLIENTS)}")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server is ended, too
     CACHE.mkdir(exist_ok=True)
     pythons = {name: environment(name) for name in args.clients or CLIENTS}
     server, url, model = start()
