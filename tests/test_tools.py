@@ -365,6 +365,23 @@ def test_a_server_without_a_parser():
             chat(client, tools=[TOOLS[0] | {"function": FUNCTIONS[0] | {"strict": True}}])
 
 
+def test_gpt_oss_channels():
+    engine = FakeEngine(max_model_len=4096)
+    assert engine.tokenizer is not None
+    engine.tokenizer.chat_templates = {"default": "<|start|>assistant<|channel|>analysis<|message|>"}
+    analysis = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    with serving(engine) as served, served.client() as client:
+        engine.script = analysis + "<|channel|>final<|message|>Sunny."
+        for tools in ({}, {"tools": TOOLS}):
+            answer = chat(client, **tools)
+            assert (answer.choices[0].message.content, answer.choices[0].message.reasoning) == ("Sunny.", "Hm.")
+            assert answer.usage.completion_tokens_details.reasoning_tokens == 3
+        engine.script = analysis + "<|channel|>commentary to=functions.clock <|constrain|>json<|message|>{}<|call|>"
+        for choice in ("auto", "required"):
+            assert named(chat(client, tools=TOOLS, tool_choice=choice).choices[0].message.tool_calls) == [CLOCK]
+        assert "<|channel|>" in grammar(served)
+
+
 # ---------------------------------------------------------------------------- /v1/responses
 
 
