@@ -67,7 +67,9 @@ def search(
 
 
 def _children(beam: BeamSearchSequence, output: Output, ends: frozenset[int]) -> list[BeamSearchSequence]:
-    (entry,) = output.outputs[0].logprobs or ()
+    found = output.outputs[0].logprobs
+    assert found is not None
+    (entry,) = found
     return [
         BeamSearchSequence(
             (*beam.tokens, token.token_id),

@@ -1,6 +1,7 @@
 """Beam search finds what a search with the plain network finds."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ WIDTH = 4
 
 @pytest.fixture(scope="module")
 def llm():
-    options = dict(device="cpu", dtype="float32", max_num_seqs=8, max_model_len=64, max_logprobs=2 * WIDTH, enforce_eager=True)
+    options: Any = dict(device="cpu", dtype="float32", max_num_seqs=8, max_model_len=64, max_logprobs=2 * WIDTH, enforce_eager=True)
     with LLM(STORIES, max_num_batched_tokens=32, **options) as llm:
         yield llm
 
