@@ -9,9 +9,11 @@ import pytest
 from fake_engine import FakeEngine
 from server_fixtures import serving
 
+from jaxllm.chat_template import ChatTemplate
 from jaxllm.request import ConfigError
 from serving import shapes
 from serving.app import build_app
+from serving.conversation import parse_messages
 from serving.options import ServerOptions
 from serving.parsers.table import Parsers
 
@@ -234,6 +236,23 @@ def test_a_history_of_calls_reaches_the_template_as_objects(client, served, says
     assert 'Sunny{"tool_call_id": "a1", "name": "get_weather"}' in prompt(served)
     tokens = served.post("/tokenize", {"messages": history, "tools": TOOLS}).json()["tokens"]
     assert tuple(tokens) == served.engine.served[-1].prompt_token_ids
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ message.tool_calls[0].function.arguments | tojson }}",  # most: an object
+        "{{ '' + message.tool_calls[0].function.arguments + '' }}",  # DeepSeek's: a text beside another
+        "{{ message.tool_calls[0].function.arguments ~ '' }}",
+        "{% set a = message.tool_calls[0].function.arguments %}{{ a if a is string else a | tojson }}",
+        "{% for k, v in message.tool_calls[0].function.arguments.items() %}{{ '{' ~ (k | tojson) ~ ': ' ~ (v | tojson) ~ '}' }}{% endfor %}",
+    ],
+)
+def test_templates_of_either_kind_write_arguments_as_json(template):
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"city": "São Paulo"}'}}
+    messages = parse_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    made = ChatTemplate({"default": "{% for message in messages %}" + template + "{% endfor %}"}, {})
+    assert made.render(messages) == '{"city": "São Paulo"}'
 
 
 def function(**changes: Any) -> dict:
