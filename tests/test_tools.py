@@ -245,7 +245,7 @@ def test_a_history_of_calls_reaches_the_template_as_objects(client, served, says
         "{{ '' + message.tool_calls[0].function.arguments + '' }}",  # DeepSeek's: a text beside another
         "{{ message.tool_calls[0].function.arguments ~ '' }}",
         "{% set a = message.tool_calls[0].function.arguments %}{{ a if a is string else a | tojson }}",
-        "{% for k, v in message.tool_calls[0].function.arguments.items() %}{{ '{' ~ (k | tojson) ~ ': ' ~ (v | tojson) ~ '}' }}{% endfor %}",
+        "{% for k, v in message.tool_calls[0].function.arguments.items() %}{{ '{\"' ~ k ~ '\": ' ~ (v | tojson) ~ '}' }}{% endfor %}",
     ],
 )
 def test_templates_of_either_kind_write_arguments_as_json(template):
