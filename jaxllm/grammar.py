@@ -6,6 +6,7 @@ compiles it too (trial.py). What was compiled is kept, and every answer gets a c
 """
 
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
@@ -22,6 +23,8 @@ from jaxllm.trial import Trial
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+log = logging.getLogger("jaxllm")
 
 KEPT = 64  # compiled forms
 THREADS = 2  # that compile
@@ -48,7 +51,6 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos_ids: frozenset[int]):
         self._tokenizer, self._vocab, self._eos_ids = tokenizer, vocab, eos_ids
-        self._special = [tokenizer.token_text(i) for i in range(vocab) if tokenizer.is_special(i)]
         self._pool = ThreadPoolExecutor(THREADS, "jaxllm-grammar")
         self._lock, self._building = threading.Lock(), threading.Lock()
         self._kept: OrderedDict[StructuredOutputs, Future[Compiled]] = OrderedDict()
@@ -84,6 +86,9 @@ class Grammars:
             raise
         except ValueError as error:
             raise _refused(asked, str(error)) from None
+        except BaseException as error:  # a panic of the library's is no Exception, and must be the end of this request only
+            log.exception("compiling a form failed")
+            raise _refused(asked, "its compiler failed") from error
         for found in (made.get_error(), *warnings, first.get_error()):
             if found:
                 raise _refused(asked, found)
@@ -92,6 +97,10 @@ class Grammars:
     def _tokens(self) -> "LLTokenizer":
         with self._building:
             return self._built
+
+    @cached_property
+    def _special(self) -> list[str]:
+        return [self._tokenizer.token_text(i) for i in range(self._vocab) if self._tokenizer.is_special(i)]
 
     @cached_property
     def _built(self) -> "LLTokenizer":

@@ -368,6 +368,21 @@ def test_a_form_that_takes_too_long_is_refused(gate, monkeypatch):
     assert engine.stats().waiting == 0
 
 
+def test_a_compiler_that_fails_fails_one_request(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def written(asked):
+        raise Panic
+
+    monkeypatch.setattr(grammar, "written", written)
+    engine, heard = core(), []
+    engine.add(asked("bad", regex="unlucky"), heard.append)
+    while engine.turn():
+        pass
+    assert [type(each) for each in heard] == [Refusal] and "its compiler failed" in str(heard[0].error)
+
+
 def test_a_form_that_turns_out_wrong_later_is_refused_later(gate):
     heard: list = []
     engine = core()
@@ -405,7 +420,7 @@ def test_a_form_that_gets_out_of_hand_ends_its_answer_and_no_other():
 
 
 def test_llguidance_is_imported_by_the_first_request_that_needs_it():
-    code = "import sys, jaxllm.engine, serving.engine_process, serving.app; assert 'llguidance' not in sys.modules"
+    code = "import sys, jaxllm.mask, jaxllm.trial, serving.protocol; assert 'llguidance' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
