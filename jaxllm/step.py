@@ -158,10 +158,9 @@ def _one_step(decoder, plan, mesh, implementation, bucket, floats_SF, ints_SI, p
 
 def _linears(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket) -> Linears | None:
     """How this step's layers multiply. Plainly on several devices, where sums over them come between a product and what follows it."""
-    products = decoder.products()
-    if mesh.size > 1 or implementation == "reference" or plan.page_dtype != plan.dtype or products is None:
+    if mesh.size > 1 or implementation == "reference" or plan.page_dtype != plan.dtype or not decoder.usual:
         return None
-    return linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, products)
+    return linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype)
 
 
 def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:
