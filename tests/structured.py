@@ -67,7 +67,7 @@ class _Drawing:
 
     def read(self) -> StepResult:
         assert self._tokens is not None
-        return StepResult(self._tokens)
+        return StepResult([[token] for token in self._tokens])
 
 
 def uniform(tokenizer: Tokenizer, eos: int, longest: int = 2048, favour: dict[int, float] | None = None, **changes: Any) -> Core:

@@ -291,6 +291,26 @@ def test_a_form_has_a_size_and_needs_a_tokenizer():
         Limits(64, 100, 5, has_text=False).check(asked(regex="a"))
 
 
+def chain(count: int) -> dict:
+    """A schema of so many references, one to the next."""
+    links = {f"d{i}": {"properties": {"x": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": links | {f"d{count}": {"type": "null"}}}
+
+
+def test_a_form_that_crashes_the_compiler_or_never_ends_is_refused_and_the_next_one_is_not(monkeypatch):
+    monkeypatch.setattr("jaxllm.trial.TRIAL_S", 1.5)
+    rules = "start: r0\n" + "".join(f'r{i}: r{i + 1} r{i + 1} | "x{i}"\n' for i in range(3000)) + 'r3000: "q"'
+    engine = core()
+    for form in ({"grammar": rules}, {"json": chain(3000)}):
+        with pytest.raises(RequestError, match="nested too deeply"):
+            engine.check_form(asked(**form))
+    with pytest.raises(RequestError, match="takes more than"):
+        engine.check_form(asked(json={"type": "integer", "multipleOf": 999_983}))
+    monkeypatch.setattr("jaxllm.trial.TRIAL_S", 20)
+    (gather,) = answer(engine, asked(json=chain(20) | {"title": "not too long"}, max_tokens=20))
+    assert gather.reason in ("stop", "length")
+
+
 def test_names_that_are_also_keywords_of_old_drafts_are_no_keywords():
     names = {"nullable": {"type": "boolean"}, "extends": {"const": "nullable"}}
     made = {"type": "object", "properties": names, "required": ["nullable", "extends"], "additionalProperties": False}
@@ -348,6 +368,21 @@ def test_a_form_that_takes_too_long_is_refused(gate, monkeypatch):
     assert engine.stats().waiting == 0
 
 
+def test_a_compiler_that_fails_fails_one_request(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def written(asked):
+        raise Panic
+
+    monkeypatch.setattr(grammar, "written", written)
+    engine, heard = core(), []
+    engine.add(asked("bad", regex="unlucky"), heard.append)
+    while engine.turn():
+        pass
+    assert [type(each) for each in heard] == [Refusal] and "its compiler failed" in str(heard[0].error)
+
+
 def test_a_form_that_turns_out_wrong_later_is_refused_later(gate):
     heard: list = []
     engine = core()
@@ -385,7 +420,7 @@ def test_a_form_that_gets_out_of_hand_ends_its_answer_and_no_other():
 
 
 def test_llguidance_is_imported_by_the_first_request_that_needs_it():
-    code = "import sys, jaxllm.engine, serving.engine_process, serving.app; assert 'llguidance' not in sys.modules"
+    code = "import sys, jaxllm.mask, jaxllm.trial, serving.protocol; assert 'llguidance' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
