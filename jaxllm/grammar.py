@@ -76,7 +76,7 @@ class Grammars:
         tokens = self._tokens()
         try:
             grammar = written(asked)
-            if (fault := _trial().fault(grammar, _LIMITS, self._special)) is not None:
+            if (fault := _trial().fault(self._for_trial(grammar), _LIMITS, self._special)) is not None:
                 raise _refused(asked, fault)
             made = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
             warnings = made.get_grammar_warnings()
@@ -99,8 +99,17 @@ class Grammars:
             return self._built
 
     @cached_property
+    def _special_ids(self) -> list[int]:
+        return [i for i in range(self._vocab) if self._tokenizer.is_special(i)]
+
+    @cached_property
     def _special(self) -> list[str]:
-        return [self._tokenizer.token_text(i) for i in range(self._vocab) if self._tokenizer.is_special(i)]
+        return [self._tokenizer.token_text(i) for i in self._special_ids]
+
+    def _for_trial(self, grammar: str) -> str:
+        """`grammar` with special tokens by the ids that they have in the trial, where a form that names others would go untried."""
+        there = {token: 256 + place for place, token in enumerate(self._special_ids)}
+        return re.sub(r"<\[(\d+)\]>", lambda found: f"<[{there.get(int(found[1]), 0)}]>", grammar)
 
     @cached_property
     def _built(self) -> "LLTokenizer":
@@ -157,7 +166,7 @@ class Matcher:
     @property
     def fault(self) -> str | None:
         """Why it cannot go on: a limit was met, or a token taken that was not allowed."""
-        return short(self._here.get_error()) if self._here.is_error() else None
+        return _short(self._here.get_error()) if self._here.is_error() else None
 
     @staticmethod
     def allowed(matchers: "Sequence[Matcher]") -> np.ndarray:
@@ -200,6 +209,17 @@ def written(asked: StructuredOutputs) -> str:
     return grammar_from("grammar", str(asked.grammar))
 
 
+def schema_in_grammar(schema: dict[str, Any]) -> str:
+    """The right side of a rule that is this JSON schema. Raises ValueError, saying why, for one that cannot be honoured."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    made = written(StructuredOutputs(json=schema))
+    fault = _trial().fault(made, _LIMITS, []) or LLMatcher.validate_grammar(made, limits=LLParserLimits(**_LIMITS))
+    if fault:
+        raise ValueError(_short(fault))
+    return f"%json {json.dumps(json.loads(made)['grammars'][0]['json_schema'])}"
+
+
 # Of older drafts, or of OpenAPI: llguidance passes over them as over any word it does not know, though they change what is valid.
 _OLD = ("nullable", "divisibleBy", "disallow", "extends")
 _BY_NAME = ("properties", "patternProperties", "$defs", "definitions")  # names of the user's to schemas
@@ -233,7 +253,7 @@ def _check_keywords(schema: Any) -> None:
 
 
 def _refused(asked: StructuredOutputs, why: str) -> RequestError:
-    return RequestError(f"structured_outputs.{asked.kind} cannot be honoured: {short(why)}", "structured_outputs")
+    return RequestError(f"structured_outputs.{asked.kind} cannot be honoured: {_short(why)}", "structured_outputs")
 
 
 def too_slow(asked: StructuredOutputs) -> RequestError:
@@ -241,6 +261,6 @@ def too_slow(asked: StructuredOutputs) -> RequestError:
     return _refused(asked, f"compiling it takes more than {COMPILE_S:.0f} s; make it smaller")
 
 
-def short(text: str) -> str:
+def _short(text: str) -> str:
     """One line of at most 400 characters."""
     return " ".join(text.split("<state>")[0].split("<non-verbose/>")[0].split("<backtrace>")[0].split())[:400]
