@@ -35,6 +35,7 @@ class ServerOptions:
     shutdown_timeout: float = 10.0
     restart_engine: bool = False
     enable_admin_routes: bool = False
+    disable_page: bool = False
     profile_dir: str = "jaxllm-profile"
     enable_log_requests: bool = False
     otlp_traces_endpoint: str | None = None
@@ -81,6 +82,7 @@ SERVER = {
         Flag("enable_log_requests", "Log a line for every request when it ends.", "switch"),
         Flag("otlp_traces_endpoint", "Send OpenTelemetry spans to this URL, over HTTP; needs jaxllm[otel].", metavar="URL"),
         Flag("enable_admin_routes", "Offer /reset_prefix_cache, /start_profile and /stop_profile.", "switch"),
+        Flag("disable_page", "Do not serve the chat page at /.", "switch"),
         Flag("profile_dir", "Folder that profiles are written to.", metavar="FOLDER"),
     ],
 }
