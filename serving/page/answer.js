@@ -8,13 +8,15 @@ export const TEXT_TOKENS = 256; // a text is continued by so many unless the set
 
 export const empty = () => ({ role: "assistant", content: "", reasoning: "", calls: [], state: "waiting", error: "", finish: "", stats: {} });
 
-/** The body that asks for the next message. `chats`: whether the model has a chat template; without one, everything said is one text. */
+/** The body that asks for the next message, or for more of the last one if that is an answer. `chats`: whether the model has a chat
+ * template; without one, everything said is one text. */
 export function bodyFor(conversation, messages, { model, chats, sampling }) {
   const said = messages.filter(({ role, content }) => role === "user" || content);
   const body = { model, ...sampling, stream: true, stream_options: { include_usage: true, continuous_usage_stats: true } };
   if (!chats) return ["v1/completions", { max_tokens: TEXT_TOKENS, ...body, prompt: said.map(({ content }) => content).join("") }];
   const system = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
-  return ["v1/chat/completions", { ...body, messages: [...system, ...said.map(({ role, content }) => ({ role, content }))] }];
+  const more = said.at(-1)?.role === "assistant" ? { continue_final_message: true, add_generation_prompt: false } : {};
+  return ["v1/chat/completions", { ...body, ...more, messages: [...system, ...said.map(({ role, content }) => ({ role, content }))] }];
 }
 
 export class Run {

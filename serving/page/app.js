@@ -146,7 +146,10 @@ class Chat {
       byId("messages").append(userView(message, { edit: (text) => this.edit(message, text), remove }));
       return;
     }
-    const view = new AnswerView(message, this.model || "The model", { again: () => this.again(message), remove });
+    const { conversation } = this;
+    const shown = (text) => this.runs.get(conversation.id)?.message === message && this.spoken.follow(text, false);
+    const actions = { again: () => this.again(message), goOn: () => this.goOn(message), remove, shown };
+    const view = new AnswerView(message, this.model || "The model", actions);
     this.views.set(message, view);
     byId("messages").append(view.root);
   }
@@ -195,6 +198,11 @@ class Chat {
     return this.conversation.messages.filter((each) => each !== message);
   }
 
+  /** Has the last answer written on, where it was cut off. */
+  goOn(message) {
+    this.ask(this.without(message), message);
+  }
+
   /** Puts other messages in the place of what was said, and offers the old ones back. ask: have the last one answered. */
   replace(messages, said, ask = false) {
     const { conversation } = this;
@@ -218,8 +226,9 @@ class Chat {
 
   // Asking
 
-  /** Has the messages answered, in this conversation. Returns false, with nothing changed, if the settings cannot be sent. */
-  ask(messages) {
+  /** Has the messages answered, in this conversation. Returns false, with nothing changed, if the settings cannot be sent.
+   * message: what the answer goes into; it may have a beginning. */
+  ask(messages, message = empty()) {
     const wrong = this.settings.wrong();
     if (wrong) {
       byId("settings").showModal();
@@ -227,9 +236,9 @@ class Chat {
       return false;
     }
     const { conversation } = this;
-    const message = empty();
+    Object.assign(message, { state: "waiting", error: "", finish: "" });
     const sampling = this.settings.sampling();
-    const [path, body] = bodyFor(conversation, messages, { model: this.model, chats: this.facts.chats, sampling });
+    const [path, body] = bodyFor(conversation, [...messages, message], { model: this.model, chats: this.facts.chats, sampling });
     conversation.changed = Date.now();
     conversation.messages = [...messages, message];
     history.replaceState(null, "", `#${conversation.id}`);
@@ -243,12 +252,12 @@ class Chat {
     let saved = performance.now();
     const run = new Run(message, () => {
       this.views.get(message)?.changed();
-      if (conversation === this.conversation) this.spoken.follow(parts(message)[1], false);
       if (performance.now() - saved < SAVE_MS) return;
       saved = performance.now();
       store.save(conversation);
     });
     this.runs.set(conversation.id, run);
+    this.spoken.start(parts(message)[1].length);
     this.showBusy();
     await run.run(path, body);
     if (this.runs.get(conversation.id) === run) this.runs.delete(conversation.id);

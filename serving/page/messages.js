@@ -51,7 +51,7 @@ export function grow(area) {
 
 /** The view of an answer. */
 export class AnswerView {
-  /** actions: {again(), remove()}. name: what the model is called. */
+  /** actions: {again(), goOn(), remove(), shown(text)}, the last called for what is now to be read. name: what the model is called. */
   constructor(message, name, actions) {
     this.message = message;
     this.text = el("div", { class: "text" });
@@ -63,8 +63,9 @@ export class AnswerView {
     this.waiting = el("p", { class: "waiting", hidden: true });
     this.error = el("div", { class: "error", hidden: true });
     this.figures = el("p", { class: "figures" });
-    this.again = quiet("Regenerate", actions.again);
-    this.bar = el("div", { class: "actions" }, copyButton(() => parts(message)[1]), this.again, quiet("Delete", actions.remove));
+    this.goOn = quiet("Continue", actions.goOn, { class: "quiet go-on" });
+    const copy = copyButton(() => parts(message)[1]);
+    this.bar = el("div", { class: "actions" }, copy, quiet("Regenerate", actions.again), this.goOn, quiet("Delete", actions.remove));
     this.actions = actions;
     this.root = el("li", { class: "message assistant" }, el("h2", { class: "hidden" }, name),
       this.details, this.waiting, this.text, this.calls, this.error, this.figures, this.bar);
@@ -94,9 +95,11 @@ export class AnswerView {
     this.showCalls(message.calls);
     this.figures.textContent = figures(message);
     this.bar.hidden = busy;
+    this.goOn.hidden = !text || (message.state === "done" && message.finish !== "length");
     this.waiting.hidden = message.state !== "waiting";
     this.error.hidden = message.state !== "failed";
     if (!this.error.hidden && !this.error.hasChildNodes()) this.showError();
+    this.actions.shown(text);
   }
 
   showCalls(calls) {
@@ -167,9 +170,10 @@ export class Spoken {
     this.at = 0;
   }
 
-  start() {
+  /** at: how much of the text has been there before. */
+  start(at = 0) {
     this.region.replaceChildren();
-    this.at = 0;
+    this.at = at;
   }
 
   follow(text, ended) {

@@ -31,7 +31,8 @@ export class Settings {
     this.stop = area("stop", "Stop strings", "One a line; the answer ends before the first of them.", 2);
     this.extra = area("extra", "Further fields", "A JSON object that is added to the request, such as {\"tools\": [...]} or {\"chat_template_kwargs\": {...}}.", 3);
     this.problem = el("p", { class: "problem", role: "alert" });
-    root.append(this.system.root, el("div", { class: "grid" }, ...this.inputs.map((input) => input.root)), this.stop.root, this.extra.root, this.problem);
+    const note = el("p", { class: "note" }, "What is left empty is not sent; in grey is what the server then takes.");
+    root.append(this.system.root, note, el("div", { class: "grid" }, ...this.inputs.map((input) => input.root)), this.stop.root, this.extra.root, this.problem);
     this.fields = [...this.inputs, { name: "stop", field: this.stop.field }, { name: "extra", field: this.extra.field }];
     for (const { name, field } of this.fields) {
       field.value = this.values[name] ?? "";
