@@ -20,6 +20,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     api_server_count: int = 1
+    disable_page: bool = False
     api_key: tuple[str, ...] = ()
     api_key_file: str | None = None
     allowed_origins: tuple[str, ...] = ()
@@ -35,7 +36,6 @@ class ServerOptions:
     shutdown_timeout: float = 10.0
     restart_engine: bool = False
     enable_admin_routes: bool = False
-    disable_page: bool = False
     profile_dir: str = "jaxllm-profile"
     enable_log_requests: bool = False
     otlp_traces_endpoint: str | None = None
@@ -59,6 +59,7 @@ SERVER = {
         Flag("host", "Address to listen on; 0.0.0.0 answers other machines too.", metavar="ADDRESS"),
         Flag("port", "Port to listen on; 0 takes a free one.", whole(0, 65535), "PORT"),
         Flag("api_server_count", "Processes that speak HTTP; one streams some 20,000 tokens a second.", whole(1, 64), "COUNT"),
+        Flag("disable_page", "Do not serve the chat page at /.", "switch"),
         Flag("ssl_certfile", "Certificate in PEM, with its chain; serves https.", metavar="FILE"),
         Flag("ssl_keyfile", "The certificate's private key, if it is in a file of its own.", metavar="FILE"),
         Flag("ssl_ca_certs", "Serve only clients with a certificate signed by one of these.", metavar="FILE"),
@@ -82,7 +83,6 @@ SERVER = {
         Flag("enable_log_requests", "Log a line for every request when it ends.", "switch"),
         Flag("otlp_traces_endpoint", "Send OpenTelemetry spans to this URL, over HTTP; needs jaxllm[otel].", metavar="URL"),
         Flag("enable_admin_routes", "Offer /reset_prefix_cache, /start_profile and /stop_profile.", "switch"),
-        Flag("disable_page", "Do not serve the chat page at /.", "switch"),
         Flag("profile_dir", "Folder that profiles are written to.", metavar="FOLDER"),
     ],
 }

@@ -13,7 +13,7 @@ const FIGURES = [
   ["Waiting", (now) => now.num_requests_waiting, String, null],
   ["KV cache", (now) => now.kv_cache_usage_perc, percent, 1],
   ["Prefix hits", (now, before) => share(now, before, "prefix_cache_hits_total", "prefix_cache_queries_total"), percent, 1],
-  ["Tokens/s", (now, before) => before && rate(now, before, "generation_tokens_total"), (value) => value.toFixed(value < 10 ? 1 : 0), null],
+  ["Tokens/s", (now, before) => before && rate(now, before, "generation_tokens_total"), (value) => value.toFixed(value > 0 && value < 10 ? 1 : 0), null],
 ];
 
 const rate = (now, before, name) => (Math.max(now[name] - before[name], 0) / (now.at - before.at)) * 1000;

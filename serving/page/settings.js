@@ -75,7 +75,7 @@ export class Settings {
   show({ defaults, chats }) {
     for (const { name, field } of this.inputs) {
       const value = defaults[name] ?? OFF[name];
-      field.placeholder = value ?? (name === "max_tokens" ? (chats ? "as many as fit" : TEXT_TOKENS) : name === "seed" ? "a new one each time" : "");
+      field.placeholder = value ?? (name === "max_tokens" ? (chats ? "as many as fit" : TEXT_TOKENS) : name === "seed" ? "drawn anew" : "");
     }
     this.system.root.hidden = !chats;
   }
