@@ -40,7 +40,7 @@ class Scripted(FakeEngine):
 
     def asked(self, which: int = -1) -> str:
         """The prompt of a request, as text."""
-        return self._words.decode(self.served[which].prompt_token_ids, skip_special_tokens=False)
+        return self._words.decode(list(self.served[which].prompt_token_ids), skip_special_tokens=False)
 
 
 @contextlib.contextmanager

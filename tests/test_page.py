@@ -81,6 +81,47 @@ def test_what_is_stopped_the_engine_stops(opened, served, how):
         assert served.engine.script.startswith(answers(page).inner_text())
 
 
+def test_who_waits_is_told_how_long_and_for_whom(opened, served):
+    page = opened()
+    served.engine.script, served.engine.step_s = "x", 2.0
+    send(page, "Hello")
+    waiting = page.locator(".waiting")
+    expect(waiting).to_have_text(re.compile(r"Waiting for the first token, \d{3} ms"))
+    expect(waiting).to_have_text(re.compile(r"Waiting for the first token, 1\.\d s; on the server 1 run and 0 wait"))
+    expect(answers(page)).to_have_text("x")
+    expect(waiting).to_be_hidden()
+
+
+def test_what_is_deleted_while_it_is_answered_stays_deleted_unless_it_is_undone(opened, served):
+    page = opened()
+    served.engine.script, served.engine.step_s = "on and on, " * 300, 0.02
+    for back in (False, True):
+        send(page, "Go on")
+        expect(page.locator(".assistant .text")).to_contain_text("on and")
+        page.get_by_role("button", name="Delete the conversation").click()
+        wait_until(lambda: not served.engine.running)
+        if back:
+            page.get_by_role("button", name="Undo").click()
+            expect(page.locator(".figures")).to_contain_text("stopped")
+        else:
+            expect(page.locator("#toast")).to_contain_text("Deleted")
+        page.goto(served.url + "/")
+        expect(page.locator("#list a")).to_have_count(int(back))
+
+
+def test_two_tabs_see_the_same_conversations(opened, served):
+    page = opened()
+    other = page.context.new_page()
+    other.goto(served.url)
+    ask(page, "From the first tab")
+    other.get_by_role("link", name="From the first tab").click()
+    expect(answers(other)).to_have_text(answers(page).inner_text())
+    ask(other, "And the second")
+    expect(answers(page)).to_have_count(2)
+    page.get_by_role("button", name="Delete the conversation").click()
+    expect(other.locator("#list a")).to_have_count(0)
+
+
 def test_conversations_are_kept_renamed_and_deleted(opened, served):
     page = opened()
     ask(page, "The first one")

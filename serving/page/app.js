@@ -42,7 +42,7 @@ class Chat {
     byId("reset").addEventListener("click", () => this.settings.reset());
     addEventListener("hashchange", () => this.route());
     addEventListener("pagehide", () => [...this.runs.keys()].forEach((id) => store.save(store.get(id))));
-    addEventListener("storage", (event) => this.changedElsewhere(store.reread(event.key)));
+    addEventListener("storage", (event) => this.changedElsewhere(event.key));
     addEventListener("keydown", (event) => {
       if (event.key !== "Escape" || event.defaultPrevented || document.querySelector("dialog[open]")) return;
       if (this.side.open) this.side.toggle(false);
@@ -166,9 +166,12 @@ class Chat {
     if (this.conversation.messages.length) store.save(this.conversation);
   }
 
-  changedElsewhere(id) {
-    if (id === null) return;
-    if (id === this.conversation.id && !this.runs.has(id) && store.get(id)) this.show(store.get(id));
+  /** Another tab wrote or deleted a conversation. What is being answered here stays as it is here. */
+  changedElsewhere(name) {
+    const id = store.idOf(name);
+    if (id === null || this.runs.has(id)) return;
+    store.reread(name);
+    if (id === this.conversation.id && store.get(id)) this.show(store.get(id));
     else this.side.show(this.conversation);
   }
 
@@ -266,7 +269,7 @@ class Chat {
 
   async ended(conversation, message, run) {
     const view = this.views.get(message);
-    if (!conversation.messages.includes(message)) return; // replaced, in the middle
+    if (!conversation.messages.includes(message) || store.get(conversation.id) !== conversation) return; // replaced or deleted meanwhile
     store.save(conversation);
     if (conversation === this.conversation) {
       this.spoken.follow(parts(message)[1], true);

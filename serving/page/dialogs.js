@@ -52,6 +52,7 @@ export function toast(text, undo = null) {
     undo();
   };
   byId("toast").hidden = false;
+  byId("status").textContent = text;
   clearTimeout(timer);
   timer = setTimeout(() => (byId("toast").hidden = true), SHOWN_MS);
 }

@@ -129,7 +129,7 @@ export class AnswerView {
 
   /** While nothing has come: how long it has been, and what the server says of its queue. */
   showWaiting(ms, queue) {
-    const others = queue ? `; the server runs ${queue.running} and lets ${queue.waiting} wait` : "";
+    const others = queue ? `; on the server ${queue.running} run and ${queue.waiting} wait` : "";
     this.waiting.textContent = `Waiting for the first token, ${duration(ms)}${others}`;
   }
 }

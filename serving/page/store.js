@@ -10,19 +10,20 @@ const kept = new Map();
 /** Reads what there is. An answer that was being written when the page closed is marked as broken off. */
 export function open() {
   try {
-    for (const name of Object.keys(localStorage)) if (name.startsWith(PREFIX)) reread(name);
+    for (const name of Object.keys(localStorage)) if (idOf(name)) reread(name);
   } catch { /* storage is forbidden: everything lives as long as the page */ }
 }
 
-/** Takes over what another tab wrote. Returns the id, or null if it is none of ours. */
+/** The id of the conversation that an entry of the storage holds, or null. */
+export const idOf = (name) => (name?.startsWith(PREFIX) ? name.slice(PREFIX.length) : null);
+
+/** Reads one entry, which may have gone or come from another tab. */
 export function reread(name) {
-  if (!name?.startsWith(PREFIX)) return null;
-  const id = name.slice(PREFIX.length);
+  const id = idOf(name);
   const text = localStorage.getItem(name);
   const conversation = text && readOne(parsed(text));
   if (conversation) kept.set(id, { ...conversation, id });
   else if (text === null) kept.delete(id);
-  return id;
 }
 
 export const list = () => [...kept.values()].sort((a, b) => b.changed - a.changed);
