@@ -77,7 +77,7 @@ def test_what_is_stopped_the_engine_stops(opened, served, how):
     assert len(served.engine.aborted) == 1
     if how != "closed":
         expect(page.locator(".figures")).to_contain_text("stopped")
-        expect(page.get_by_role("button", name="Send", exact=True)).to_be_focused() if how == "button" else None
+        expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
         assert served.engine.script.startswith(answers(page).inner_text())
 
 
@@ -90,6 +90,19 @@ def test_who_waits_is_told_how_long_and_for_whom(opened, served):
     expect(waiting).to_have_text(re.compile(r"Waiting for the first token, 1\.\d s; on the server 1 run and 0 wait"))
     expect(answers(page)).to_have_text("x")
     expect(waiting).to_be_hidden()
+
+
+def test_what_is_asked_before_the_server_is_known_waits_for_it(opened, served):
+    page = opened("/page/icon.svg")
+    held = []
+    page.route("**/page/facts", lambda route: held.append(route))
+    page.goto(served.url)
+    send(page, "Early")
+    expect(page.locator(".waiting")).to_be_visible()
+    wait_until(lambda: page.locator("#status").inner_text() and held)
+    assert not served.engine.served
+    held[0].continue_()
+    expect(answers(page)).to_have_count(1)
 
 
 def test_what_is_deleted_while_it_is_answered_stays_deleted_unless_it_is_undone(opened, served):
@@ -204,6 +217,19 @@ def test_edit_and_regenerate_ask_again_from_there(opened, served):
     assert served.engine.asked().endswith("first<|im_end|><|im_start|>user\nZwei<|im_end|><|im_start|>assistant\n")
     page.get_by_role("button", name="Undo").click()
     expect(answers(page)).to_have_text(["first", "second", "another third"])
+    served.engine.step_s = 0.05  # undone in the middle, and while another conversation is shown
+    for elsewhere in (False, True):
+        page.get_by_role("button", name="Regenerate").last.click()
+        expect(page.locator(".message[aria-busy=true] .text")).not_to_be_empty()
+        if elsewhere:
+            page.get_by_role("button", name="New chat").click()
+        page.get_by_role("button", name="Undo").click()
+        wait_until(lambda: not served.engine.running)
+        if elsewhere:
+            expect(page.locator(".message")).to_have_count(0)
+            page.get_by_role("link", name="One").click()
+        expect(answers(page)).to_have_text(["first", "second", "another third"])
+        expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
     page.get_by_role("listitem").filter(has_text="Two").get_by_role("button", name="Delete").click()
     expect(page.locator(".message.user .bubble")).to_have_text(["One", "Three"])
 

@@ -24,7 +24,7 @@ export class Run {
   constructor(message, changed) {
     this.message = message;
     this.changed = changed;
-    this.sent = performance.now();
+    this.sent = performance.now(); // or would have been
     this.firstAt = null;
     this.retryAfter = 0;
     this.status = null;
@@ -42,6 +42,7 @@ export class Run {
 
   async run(path, body) {
     const { message } = this;
+    this.sent = performance.now();
     try {
       const response = await request(path, { body, signal: this.abort.signal });
       for await (const event of events(response)) {

@@ -28,7 +28,7 @@ class Chat {
     this.side = new Side(this);
     this.listen();
     this.route();
-    this.connect();
+    this.ready = this.connect(); // what is asked before waits for it
     setInterval(() => this.tick(), 100);
   }
 
@@ -62,8 +62,8 @@ class Chat {
       this.showRoom();
       this.live.ask();
     } catch (error) {
-      if (error.status === 401 && (await askKey(error.message))) this.connect();
-      else this.banner(error.message, quiet("Try again", () => this.connect()));
+      if (error.status === 401 && (await askKey(error.message))) await this.connect();
+      else this.banner(error.message, quiet("Try again", () => (this.ready = this.connect())));
     }
   }
 
@@ -211,13 +211,14 @@ class Chat {
     const { conversation } = this;
     const before = conversation.messages;
     this.stop(conversation.id);
-    if (ask && !this.ask(messages)) return;
     if (!ask) this.setMessages(conversation, messages);
-    if (said) toast(said, () => this.replace(before, ""));
+    else if (!this.ask(messages)) return;
+    if (said) toast(said, () => this.setMessages(conversation, before));
     this.focus();
   }
 
   setMessages(conversation, messages) {
+    this.stop(conversation.id);
     conversation.messages = messages;
     store.save(conversation);
     if (conversation === this.conversation) this.show(conversation);
@@ -240,18 +241,17 @@ class Chat {
     }
     const { conversation } = this;
     Object.assign(message, { state: "waiting", error: "", finish: "" });
-    const sampling = this.settings.sampling();
-    const [path, body] = bodyFor(conversation, [...messages, message], { model: this.model, chats: this.facts.chats, sampling });
     conversation.changed = Date.now();
     conversation.messages = [...messages, message];
     history.replaceState(null, "", `#${conversation.id}`);
     this.keep(conversation);
     this.show(conversation);
-    this.run(conversation, message, path, body);
+    this.run(conversation, message, this.settings.sampling());
     return true;
   }
 
-  async run(conversation, message, path, body) {
+  async run(conversation, message, sampling) {
+    const { messages } = conversation;
     let saved = performance.now();
     const run = new Run(message, () => {
       this.views.get(message)?.changed();
@@ -262,23 +262,24 @@ class Chat {
     this.runs.set(conversation.id, run);
     this.spoken.start(parts(message)[1].length);
     this.showBusy();
-    await run.run(path, body);
+    await this.ready;
+    await run.run(...bodyFor(conversation, messages, { model: this.model, chats: this.facts.chats, sampling }));
     if (this.runs.get(conversation.id) === run) this.runs.delete(conversation.id);
     this.ended(conversation, message, run);
   }
 
   async ended(conversation, message, run) {
     const view = this.views.get(message);
+    if (conversation === this.conversation) this.showBusy();
     if (!conversation.messages.includes(message) || store.get(conversation.id) !== conversation) return; // replaced or deleted meanwhile
     store.save(conversation);
     if (conversation === this.conversation) {
       this.spoken.follow(parts(message)[1], true);
       this.say({ done: "The answer is complete.", stopped: "Stopped.", failed: message.error }[message.state]);
-      this.showBusy();
       this.showRoom();
     }
     if (run.status === 401 && (await askKey(message.error))) {
-      this.connect();
+      this.ready = this.connect();
       if (conversation === this.conversation) this.again(message);
     } else view?.wait(run.retryAfter);
   }
