@@ -52,8 +52,9 @@ class Product(NamedTuple):
 
 @dataclass(frozen=True)
 class OneRow:
-    """Each method is one kernel, but `norm`, which is none."""
+    """Each method is one kernel, but `norm`, which is none. kind: of the device, as JAX names it."""
 
+    kind: str
     interpret: bool = False
 
     def norm(self, stream: Stream, norm: Norm) -> tuple[Stream, Any]:
@@ -81,7 +82,7 @@ class OneRow:
         return self._linear(h_ND, weight_FD, norm_D=norm.weight_D, eps=norm.eps, offset=norm.offset, **options)
 
     def _linear(self, x_ND: Array, weight_FD: Array, **options: Any) -> Array:
-        tile = one_row_tile(_product(weight_FD, "act" in options))
+        tile = one_row_tile(self.kind, _product(weight_FD, "act" in options))
         return matmul_one_row.linear(x_ND, weight_FD, tile=tile, interpret=self.interpret, **options)
 
 
@@ -128,7 +129,7 @@ def linears_for(device: Any, rows: int, dtype: Any) -> Linears | None:
     if capability is None or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return None
     if rows == 1 and float(capability) >= 8:
-        return OneRow()
+        return OneRow(device.device_kind)
     return ManyRows(device.device_kind) if capability == "9.0" and rows <= MOST else None
 
 
@@ -143,8 +144,10 @@ def _product(weight_FD: Array, gated: bool) -> Product:
     return Product(weight_FD.shape[0] // (2 if gated else 1), weight_FD.shape[1], gated)
 
 
-def one_row_tile(product: Product) -> matmul_one_row.Tile:
-    """Of 23 tiles tried on an H200, within 5% of the best for each product of Qwen2.5-0.5B, 3B and Llama-3.1-8B."""
+def one_row_tile(kind: str, product: Product) -> matmul_one_row.Tile:
+    """The tile that was the fastest on this kind of device; else one of few that were good for several products of an H200."""
+    if tile := _measured(kind).get((1, product)):
+        return matmul_one_row.Tile(*tile)
     if product.gated:
         return matmul_one_row.Tile(4, 256, 2) if product.inputs <= 1024 else matmul_one_row.Tile(4, 512, 4)
     if product.features > 4096:
@@ -161,7 +164,7 @@ def many_rows_tile(kind: str, rows: int, product: Product) -> matmul_sm90.Tile |
         return None
     lines = 8 if rows <= 16 else 64 if rows <= 128 else 256
     if tile := _measured(kind).get((lines, product)):
-        return tile
+        return matmul_sm90.Tile(*tile)
     inputs, best = 128 if product.inputs % 128 == 0 else 64, None
     if product.inputs % inputs:
         return None
@@ -190,13 +193,13 @@ def _cost(rows: int, product: Product, tile: matmul_sm90.Tile) -> float:
 
 
 @cache
-def _measured(kind: str) -> dict[tuple[int, Product], matmul_sm90.Tile]:
-    """By rows (8: up to 16, 64: up to 128, 256) and product, the tile that was the fastest on this kind of device."""
+def _measured(kind: str) -> dict[tuple[int, Product], list[int]]:
+    """By rows (1; 8: up to 16, 64: up to 128, 256) and product, the tile that was the fastest on this kind of device (bench/linears.py)."""
     path = files("pallas_kernels") / "tuning" / "linear" / file_name(kind)
     if not path.is_file():
         return {}
     found = {}
     for row in json.loads(path.read_text())["rows"]:
         product = Product(row["features"], row["inputs"], row["gated"])
-        found[row["rows"], product] = matmul_sm90.Tile(*row["tile"])
+        found[row["rows"], product] = row["tile"]
     return found

@@ -51,12 +51,10 @@ def apart(found, wanted) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
 
-def one_row(x, weight, *, features=4, inputs=64, **options):
-    return matmul_one_row.linear(x, weight, tile=matmul_one_row.Tile(features, inputs, 4), interpret=True, **options)
-
-
+@pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
 @pytest.mark.parametrize(("inputs", "features"), [(128, 32), (176, 30)], ids=["whole", "ragged"])
-def test_one_row_is_normed_multiplied_gated_and_added(inputs, features):
+def test_one_row_is_normed_multiplied_gated_and_added(inputs, features, ahead):
+    one_row = partial(matmul_one_row.linear, tile=matmul_one_row.Tile(4, 64, 4, ahead), interpret=True)
     x, norm, weight = draw(1, inputs), draw(inputs), draw(features, inputs, scale=inputs**-0.5)
     assert apart(one_row(x, weight), exact(x, weight)) < 4e-3
     normed = one_row(x, weight, norm_D=norm, eps=1e-6, offset=1.0)
@@ -228,7 +226,7 @@ def test_a_decoder_is_the_same_through_the_kernels(name, rows, monkeypatch):
     if rows in matmul_sm90.ROWS:
         monkeypatch.setattr(matmul, "many_rows_tile", wide_tile)
     decoder = shaken(decoder_of(name))
-    linears = OneRow(interpret=True) if rows == 1 else ManyRows("cpu", interpret=True)
+    linears = OneRow("cpu", interpret=True) if rows == 1 else ManyRows("cpu", interpret=True)
     assert decoder.usual
     plain, plain_cache = step(decoder, None, rows)
     found, cache = step(decoder, linears, rows)
@@ -287,7 +285,7 @@ def test_the_verbs_mean_the_same_in_both_ways(monkeypatch):
     h, norm = draw(1, 128), Norm(draw(128), 1e-6, 0.0)
     weight, gate, down = draw(64, 128, scale=0.1), draw(256, 128, scale=0.1), draw(128, 128, scale=0.1)
     ends = []
-    for run in (OneRow(interpret=True), ManyRows("cpu", interpret=True)):
+    for run in (OneRow("cpu", interpret=True), ManyRows("cpu", interpret=True)):
         rows = 1 if isinstance(run, OneRow) else 2
         stream, normed = run.norm(Stream(jnp.tile(h, (rows, 1))), norm)
         product = run.product(normed, weight).sum(0)
