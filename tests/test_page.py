@@ -105,6 +105,17 @@ def test_what_is_asked_before_the_server_is_known_waits_for_it(opened, served):
     expect(answers(page)).to_have_count(1)
 
 
+def test_it_works_under_a_proxys_prefix(opened, served):
+    page = opened("/page/icon.svg")
+    asked = []
+    page.on("request", lambda request: asked.append(request.url.removeprefix(served.url)))
+    page.route("**/here/**", lambda route: route.fulfill(response=route.fetch(url=route.request.url.replace("/here/", "/"))))
+    page.goto(f"{served.url}/here/")
+    ask(page)
+    assert {"/here/", "/here/page/app.js", "/here/page/facts", "/here/v1/models", "/here/v1/chat/completions"} <= set(asked)
+    assert all(path.startswith("/here/") for path in asked)
+
+
 def test_what_is_deleted_while_it_is_answered_stays_deleted_unless_it_is_undone(opened, served):
     page = opened()
     served.engine.script, served.engine.step_s = "on and on, " * 300, 0.02
