@@ -21,7 +21,9 @@ WORDS = ("name", "age", "tags", "a b", "größe", "x-y", "id", "to", "日本", '
 
 def plan(longest: int = 2048, **changes: Any):
     buckets = (Bucket(0, ROWS), Bucket(64, ROWS))
-    return make_plan(max_model_len=longest, page_size=64, num_pages=ROWS * longest // 64, max_num_seqs=ROWS, buckets=buckets, **changes)
+    return make_plan(
+        max_model_len=longest, page_size=64, num_pages=ROWS * longest // 64, max_num_seqs=ROWS, buckets=buckets, decode_steps=1, **changes
+    )
 
 
 @jax.jit
