@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "BeamSearchParams": "jaxllm.beam",
     "LLM": "jaxllm.llm",
     "Engine": "jaxllm.engine",
     "EngineConfig": "jaxllm.config",
@@ -27,6 +28,7 @@ _HOMES = {
 }
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "Completion",
     "ConfigError",
     "Engine",
@@ -48,6 +50,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from converters.model_config import ModelConfig as ModelConfig
+    from jaxllm.beam import BeamSearchParams as BeamSearchParams
     from jaxllm.config import EngineConfig as EngineConfig
     from jaxllm.engine import Engine as Engine
     from jaxllm.llm import LLM as LLM

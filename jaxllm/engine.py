@@ -86,6 +86,10 @@ class Engine:
         return self.plan.max_model_len
 
     @property
+    def eos_ids(self) -> frozenset[int]:
+        return self._core.eos_ids
+
+    @property
     def vocab_size(self) -> int:
         return self._core.limits.vocab_size
 

@@ -1,11 +1,12 @@
 """The form an answer must have, compiled by llguidance: schemas, expressions and grammars to matchers that say which tokens may follow.
 
 llguidance is imported, and told this tokenizer's tokens, when a request first asks for a form. Compiling happens in threads of its own,
-in which it lets Python's lock go: neither the engine's loop nor an event loop waits for it. What was compiled is kept, and every answer
-gets a copy, which costs microseconds.
+in which it lets Python's lock go: neither the engine's loop nor an event loop waits for it. Before that, a process that may be killed
+compiles it too (trial.py). What was compiled is kept, and every answer gets a copy, which costs microseconds.
 """
 
 import json
+import logging
 import re
 import threading
 from collections import OrderedDict
@@ -18,9 +19,12 @@ import numpy as np
 
 from jaxllm.request import RequestError, StructuredOutputs
 from jaxllm.text import Tokenizer
+from jaxllm.trial import Trial
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+log = logging.getLogger("jaxllm")
 
 KEPT = 64  # compiled forms
 THREADS = 2  # that compile
@@ -28,11 +32,13 @@ COMPILE_S = 10.0  # how long a request waits for its form
 WHITESPACE = r"( |\n[ \t]{0,20})?"  # between the parts of a JSON text: enough to indent, too little to wander in for ever
 # Work is counted in llguidance's units; in time, about 20 ms to begin with and 10 ms for a token, and 40 MB for one answer.
 _LIMITS = {
+    "max_items_in_row": 500,
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
     "step_max_items": 50_000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 500_000,
+    "precompute_large_lexemes": False,  # which takes no account of the other limits
     "verbose_errors": False,
 }
 
@@ -69,12 +75,20 @@ class Grammars:
 
         tokens = self._tokens()
         try:
-            made = LLMatcher(tokens, written(asked), log_level=0, limits=LLParserLimits(**_LIMITS))
+            grammar = written(asked)
+            if (fault := _trial().fault(self._for_trial(grammar), _LIMITS, self._special)) is not None:
+                raise _refused(asked, fault)
+            made = LLMatcher(tokens, grammar, log_level=0, limits=LLParserLimits(**_LIMITS))
             warnings = made.get_grammar_warnings()
             first = made.deep_copy()
             first.compute_bitmask()  # some limits are met at the first token only
+        except RequestError:
+            raise
         except ValueError as error:
             raise _refused(asked, str(error)) from None
+        except BaseException as error:  # a panic of the library's is no Exception, and must be the end of this request only
+            log.exception("compiling a form failed")
+            raise _refused(asked, "its compiler failed") from error
         for found in (made.get_error(), *warnings, first.get_error()):
             if found:
                 raise _refused(asked, found)
@@ -83,6 +97,19 @@ class Grammars:
     def _tokens(self) -> "LLTokenizer":
         with self._building:
             return self._built
+
+    @cached_property
+    def _special_ids(self) -> list[int]:
+        return [i for i in range(self._vocab) if self._tokenizer.is_special(i)]
+
+    @cached_property
+    def _special(self) -> list[str]:
+        return [self._tokenizer.token_text(i) for i in self._special_ids]
+
+    def _for_trial(self, grammar: str) -> str:
+        """`grammar` with special tokens by the ids that they have in the trial, where a form that names others would go untried."""
+        there = {token: 256 + place for place, token in enumerate(self._special_ids)}
+        return re.sub(r"<\[(\d+)\]>", lambda found: f"<[{there.get(int(found[1]), 0)}]>", grammar)
 
     @cached_property
     def _built(self) -> "LLTokenizer":
@@ -139,7 +166,7 @@ class Matcher:
     @property
     def fault(self) -> str | None:
         """Why it cannot go on: a limit was met, or a token taken that was not allowed."""
-        return short(self._here.get_error()) if self._here.is_error() else None
+        return _short(self._here.get_error()) if self._here.is_error() else None
 
     @staticmethod
     def allowed(matchers: "Sequence[Matcher]") -> np.ndarray:
@@ -151,6 +178,11 @@ class Matcher:
             places = [(matcher._here, i) for i, matcher in enumerate(matchers)]
             _threads().unsafe_compute_mask_ptr(places, bits.ctypes.data, bits[0].nbytes, len(bits))
         return bits
+
+
+@cache
+def _trial() -> Trial:
+    return Trial()
 
 
 @cache
@@ -175,6 +207,17 @@ def written(asked: StructuredOutputs) -> str:
             raise ValueError("the expression ends in a lone backslash")
         return LLMatcher.grammar_from_regex(asked.regex)
     return grammar_from("grammar", str(asked.grammar))
+
+
+def schema_in_grammar(schema: dict[str, Any]) -> str:
+    """The right side of a rule that is this JSON schema. Raises ValueError, saying why, for one that cannot be honoured."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    made = written(StructuredOutputs(json=schema))
+    fault = _trial().fault(made, _LIMITS, []) or LLMatcher.validate_grammar(made, limits=LLParserLimits(**_LIMITS))
+    if fault:
+        raise ValueError(_short(fault))
+    return f"%json {json.dumps(json.loads(made)['grammars'][0]['json_schema'])}"
 
 
 # Of older drafts, or of OpenAPI: llguidance passes over them as over any word it does not know, though they change what is valid.
@@ -210,7 +253,7 @@ def _check_keywords(schema: Any) -> None:
 
 
 def _refused(asked: StructuredOutputs, why: str) -> RequestError:
-    return RequestError(f"structured_outputs.{asked.kind} cannot be honoured: {short(why)}", "structured_outputs")
+    return RequestError(f"structured_outputs.{asked.kind} cannot be honoured: {_short(why)}", "structured_outputs")
 
 
 def too_slow(asked: StructuredOutputs) -> RequestError:
@@ -218,6 +261,6 @@ def too_slow(asked: StructuredOutputs) -> RequestError:
     return _refused(asked, f"compiling it takes more than {COMPILE_S:.0f} s; make it smaller")
 
 
-def short(text: str) -> str:
+def _short(text: str) -> str:
     """One line of at most 400 characters."""
-    return " ".join(text.split("<state>")[0].split("<backtrace>")[0].split())[:400]
+    return " ".join(text.split("<state>")[0].split("<non-verbose/>")[0].split("<backtrace>")[0].split())[:400]

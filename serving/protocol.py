@@ -171,7 +171,9 @@ def parse[B: Body](kind: type[B], raw: bytes, strict: bool = False) -> tuple[B, 
 
 
 _FORM = "say the answer's form by `structured_outputs` on the completion routes, by `text.format` on /v1/responses"
-_INSTEAD = dict.fromkeys(("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "response_format"), _FORM)
+_INSTEAD: dict[str, str] = dict.fromkeys(
+    ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "response_format"), _FORM
+)
 
 
 def _or_one_of(neutral: tuple) -> str:

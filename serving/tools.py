@@ -1,6 +1,8 @@
 """The tools of a request: how each route writes them, what is refused, and which of them an answer may, must or must not call."""
 
 import re
+import secrets
+import string
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, Literal
@@ -181,3 +183,11 @@ def _anthropic(tool: Any, where: str) -> Tool:
     if "input_schema" not in tool:
         raise RequestError(f"`{where}.input_schema` is missing", f"{where}.input_schema")
     return make_tool(where, tool.get("name"), tool.get("description"), tool["input_schema"], tool.get("strict"), "input_schema")
+
+
+def call_id() -> str:
+    """Nine letters and digits: Mistral's chat templates take no other, and the others do not mind."""
+    return "".join(secrets.choice(_ALPHABET) for _ in range(9))
+
+
+_ALPHABET = string.ascii_letters + string.digits

@@ -21,7 +21,9 @@ WORDS = ("name", "age", "tags", "a b", "größe", "x-y", "id", "to", "日本", '
 
 def plan(longest: int = 2048, **changes: Any):
     buckets = (Bucket(0, ROWS), Bucket(64, ROWS))
-    return make_plan(max_model_len=longest, page_size=64, num_pages=ROWS * longest // 64, max_num_seqs=ROWS, buckets=buckets, **changes)
+    return make_plan(
+        max_model_len=longest, page_size=64, num_pages=ROWS * longest // 64, max_num_seqs=ROWS, buckets=buckets, decode_steps=1, **changes
+    )
 
 
 @jax.jit
@@ -67,7 +69,7 @@ class _Drawing:
 
     def read(self) -> StepResult:
         assert self._tokens is not None
-        return StepResult(self._tokens)
+        return StepResult([[token] for token in self._tokens])
 
 
 def uniform(tokenizer: Tokenizer, eos: int, longest: int = 2048, favour: dict[int, float] | None = None, **changes: Any) -> Core:

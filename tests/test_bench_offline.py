@@ -80,7 +80,9 @@ def test_a_made_up_tokenizer_has_the_size_of_the_vocabulary_and_every_byte(tmp_p
     made = Tokenizer.load(tmp_path)
     assert made.vocab_size == 1000 and made.decode(made.encode('{"größe": 1}')) == '{"größe": 1}'
     assert {made.token_bytes(i) for i in range(1000)} >= {bytes([byte]) for byte in range(256)}
-    Grammars(made, 1000, frozenset()).check(structured.FORMED.structured_outputs)
+    form = structured.FORMED.structured_outputs
+    assert form is not None
+    Grammars(made, 1000, frozenset()).check(form)
 
 
 def test_no_prompt_is_ever_sent_twice(llm):

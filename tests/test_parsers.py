@@ -5,6 +5,7 @@ Whatever a model writes, no text is lost: what is not a call is content, to the 
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -209,6 +210,16 @@ def test_a_long_call_costs_no_more_than_its_length():
     answer = f"<tool_call>{body}</tool_call>"
     pieces = [answer[i : i + 1000] for i in range(0, len(answer), 1000)]
     assert [name for name, _ in calls(read(call_reader("hermes"), pieces))] == ["clock"]
+
+
+@pytest.mark.parametrize("name", TOOL_PARSERS)
+def test_a_model_that_only_makes_blank_space_holds_nobody_up(name):
+    """An expression that tries every cut of it would take minutes."""
+    start, blank = time.process_time(), "\n " * 100_000
+    for _, answer, _, _ in [case for case in CASES if case[0] == name]:
+        for text in (answer + blank + "x", answer[:-3] + blank + answer[-3:], answer.replace(":", ":" + blank, 1)):
+            read(call_reader(name), [text[i : i + 50_000] for i in range(0, len(text), 50_000)])
+    assert time.process_time() - start < 10
 
 
 # ---------------------------------------------------------------------------- thinking

@@ -57,6 +57,11 @@ def texts(gather: Gather) -> list[str]:
     return [c.text for _, c in sorted((c.index, c) for o in gather.outputs for c in o.outputs)]
 
 
+def text(gather: Gather) -> str:
+    (only,) = texts(gather)
+    return only
+
+
 def reasons(gather: Gather) -> list[str | None]:
     return [c.finish_reason for _, c in sorted((c.index, c) for o in gather.outputs for c in o.outputs)]
 
@@ -75,7 +80,7 @@ def test_answers_to_many_schemas_are_valid():
     for request, gather in zip(requests, answer(engine, *requests), strict=True):
         if reasons(gather) == ["stop"]:
             ended += 1
-            jsonschema.Draft202012Validator(schema(int(request.id)), format_checker=FORMATS).validate(json.loads(*texts(gather)))
+            jsonschema.Draft202012Validator(schema(int(request.id)), format_checker=FORMATS).validate(json.loads(text(gather)))
         else:
             assert reasons(gather) == ["length"]
     assert ended >= 0.95 * SCHEMAS
@@ -100,13 +105,13 @@ def test_answers_to_many_schemas_are_valid():
 def test_every_kind_of_form(form, matches, folder):
     used = tokenizer(folder)
     (gather,) = answer(uniform(used, eos(used), 512), asked(n=ROWS, **form))
-    for text, reason in zip(texts(gather), reasons(gather), strict=True):
+    for found, reason in zip(texts(gather), reasons(gather), strict=True):
         if "choice" in form:
-            assert text in form["choice"]
+            assert found in form["choice"]
         elif matches is None and reason == "stop":
-            json.loads(text.removeprefix("<call>").removesuffix("</call>"))["a"]
+            json.loads(found.removeprefix("<call>").removesuffix("</call>"))["a"]
         elif matches is not None:
-            assert re.fullmatch(matches, text), text
+            assert re.fullmatch(matches, found), found
         assert reason == "stop" or (matches is None and "choice" not in form)
     assert len(set(texts(gather))) > 2, "n answers that are one"
 
@@ -121,6 +126,28 @@ def test_special_tokens_are_no_text():
     assert used.bos_token_id not in gather.tokens() and texts(gather) == [name]
 
 
+def test_free_text_until_a_trigger():
+    """What tools want: a grammar alone can say it, by a lexeme that ends where the trigger does."""
+    used = tokenizer()
+    grammars = Grammars(used, used.vocab_size, frozenset({eos(used)}))
+    call = 'call: head %json {"type": "object", "properties": {"a": {"type": "integer"}}, "additionalProperties": false} "</call>"'
+    lark = f'start: call* tail\n{call}\nhead[lazy]: TEXT "<call>"\ntail: TEXT\nTEXT: /(.|\\n)*/'
+    matcher = Matcher(grammars.compiled(StructuredOutputs(grammar=lark)).result())
+
+    def allowed() -> set[bytes]:
+        (bits,) = Matcher.allowed([matcher])
+        return {used.token_bytes(i) for i in range(used.vocab_size) if bits[i // 32] >> i % 32 & 1}
+
+    free = allowed()
+    assert len(free) > 4000
+    for token in used.encode("I look it up: <call>", add_special_tokens=False):
+        matcher.take(token)
+    assert {piece.strip()[:1] for piece in allowed()} <= {b"{", b""}
+    for token in used.encode('{"a": 1}</call>', add_special_tokens=False):
+        matcher.take(token)
+    assert len(allowed()) > 4000 and matcher.fault is None and not matcher.over
+
+
 def test_a_vocabulary_with_ids_that_are_no_tokens_and_a_model_without_end_token():
     used = tokenizer(STORIES)
     grammars = Grammars(used, used.vocab_size + 45, frozenset())
@@ -131,7 +158,7 @@ def test_a_vocabulary_with_ids_that_are_no_tokens_and_a_model_without_end_token(
     assert allowed and all(set(used.token_bytes(i)) == {ord("a")} for i in allowed) and (bits[0] == bits[1]).all()
     engine = Core(UniformRunner(used.vocab_size + 45), plan(64), used.vocab_size + 45, frozenset(), used, 0)
     (gather,) = answer(engine, asked(regex="a{1,3}b"))
-    assert re.fullmatch("a{1,3}b", *texts(gather)) and reasons(gather) == ["stop"]
+    assert re.fullmatch("a{1,3}b", text(gather)) and reasons(gather) == ["stop"]
 
 
 # ---------------------------------------------------------------------------- ends
@@ -147,7 +174,7 @@ def test_an_end_token_comes_only_where_the_form_accepts():
     end = eos(tokenizer())
     for seed in range(8):
         (gather,) = answer(core(favour={end: 12.0}), asked(seed=seed, regex="(ab)+"))
-        assert re.fullmatch("(ab)+", *texts(gather)) and reasons(gather) == ["stop"] and gather.tokens()[-1] == end
+        assert re.fullmatch("(ab)+", text(gather)) and reasons(gather) == ["stop"] and gather.tokens()[-1] == end
     (gather,) = answer(core(favour={end: 12.0}), asked(regex="(ab)+", ignore_eos=True, max_tokens=20))
     assert reasons(gather) == ["length"] and end not in gather.tokens()
 
@@ -165,7 +192,7 @@ def test_limits_and_stops_count_as_ever():
 def test_a_form_beside_other_masks():
     letters = [tokenizer().encode(letter, add_special_tokens=False)[-1] for letter in "abc"]
     (gather,) = answer(core(), asked(regex="[abc]{8}", allowed_token_ids=letters[:2]))
-    assert re.fullmatch("[ab]{8}", *texts(gather)) and set(gather.tokens()) <= set(letters[:2])
+    assert re.fullmatch("[ab]{8}", text(gather)) and set(gather.tokens()) <= set(letters[:2])
     (gather,) = answer(core(), asked(regex="[ab]{8}", allowed_token_ids=letters, bad_words=["b"]))
     assert texts(gather) == ["aaaaaaaa"]
     (gather,) = answer(core(), asked(regex="[ab]{8}c", allowed_token_ids=letters[:2]))
@@ -181,7 +208,7 @@ def test_each_of_several_forms_in_one_batch_and_free_rows_beside_them():
     beside, *found = answer(engine, free, *forms)
     assert beside.tokens() == alone.tokens()
     for i, gather in enumerate(found):
-        assert all(re.fullmatch(f"{i}[a-z]{{{i + 1}}}", text) for text in texts(gather))
+        assert all(re.fullmatch(f"{i}[a-z]{{{i + 1}}}", found) for found in texts(gather))
     assert engine.stats().generation_tokens == sum(len(g.tokens(i)) for g in (beside, *found) for i in range(2))
 
 
@@ -206,7 +233,7 @@ def test_preempted_answers_are_those_of_an_engine_with_room():
         pass
     assert tight.stats().preemptions > 0
     assert [g.tokens() for g in gathers] == [g.tokens() for g in roomy]
-    assert all(re.fullmatch("([a-z]{3} )*[a-z ]*", *texts(g)) for g in gathers)
+    assert all(re.fullmatch("([a-z]{3} )*[a-z ]*", text(g)) for g in gathers)
 
 
 # ---------------------------------------------------------------------------- refusals
@@ -264,11 +291,31 @@ def test_a_form_has_a_size_and_needs_a_tokenizer():
         Limits(64, 100, 5, has_text=False).check(asked(regex="a"))
 
 
+def chain(count: int) -> dict:
+    """A schema of so many references, one to the next."""
+    links = {f"d{i}": {"properties": {"x": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": links | {f"d{count}": {"type": "null"}}}
+
+
+def test_a_form_that_crashes_the_compiler_or_never_ends_is_refused_and_the_next_one_is_not(monkeypatch):
+    monkeypatch.setattr("jaxllm.trial.TRIAL_S", 1.5)
+    rules = "start: r0\n" + "".join(f'r{i}: r{i + 1} r{i + 1} | "x{i}"\n' for i in range(3000)) + 'r3000: "q"'
+    engine = core()
+    for request in (asked(grammar=rules), asked(json=chain(3000))):
+        with pytest.raises(RequestError, match="nested too deeply"):
+            engine.check_form(request)
+    with pytest.raises(RequestError, match="takes more than"):
+        engine.check_form(asked(json={"type": "integer", "multipleOf": 999_983}))
+    monkeypatch.setattr("jaxllm.trial.TRIAL_S", 20)
+    (gather,) = answer(engine, asked(json=chain(20) | {"title": "not too long"}, max_tokens=20))
+    assert gather.reason in ("stop", "length")
+
+
 def test_names_that_are_also_keywords_of_old_drafts_are_no_keywords():
     names = {"nullable": {"type": "boolean"}, "extends": {"const": "nullable"}}
     made = {"type": "object", "properties": names, "required": ["nullable", "extends"], "additionalProperties": False}
     (gather,) = answer(core(), asked(json=made | {"default": {"nullable": True}}))
-    assert set(json.loads(*texts(gather))) == set(names)
+    assert set(json.loads(text(gather))) == set(names)
 
 
 # ---------------------------------------------------------------------------- compiling
@@ -278,7 +325,8 @@ def test_names_that_are_also_keywords_of_old_drafts_are_no_keywords():
 def gate(monkeypatch):
     """Compiling waits until it is set."""
     opened, written = threading.Event(), grammar.written
-    monkeypatch.setattr(grammar, "written", lambda asked: opened.wait(20) and written(asked))
+    monkeypatch.setattr(grammar, "written", lambda asked: opened.wait(100) and written(asked))
+    monkeypatch.setattr("jaxllm.core.COMPILE_S", 100)  # a busy machine is no reason to refuse
     yield opened
     opened.set()
 
@@ -293,7 +341,7 @@ def test_nobody_waits_for_a_form_but_who_asked_for_it(gate):
     assert not slow.outputs and engine.turn(), "an engine with a form to come has something to do"
     gate.set()
     finish(engine)
-    assert re.fullmatch("[0-9]{4}", *texts(slow))
+    assert re.fullmatch("[0-9]{4}", text(slow))
 
 
 def test_leaving_while_a_form_is_compiled(gate):
@@ -319,6 +367,21 @@ def test_a_form_that_takes_too_long_is_refused(gate, monkeypatch):
     with pytest.raises(RequestError, match="takes more than"):
         engine.check_form(asked(regex="[0-9]{7}"))
     assert engine.stats().waiting == 0
+
+
+def test_a_compiler_that_fails_fails_one_request(monkeypatch):
+    class Panic(BaseException):
+        pass
+
+    def written(asked):
+        raise Panic
+
+    monkeypatch.setattr(grammar, "written", written)
+    engine, heard = core(), []
+    engine.add(asked("bad", regex="unlucky"), heard.append)
+    while engine.turn():
+        pass
+    assert [type(each) for each in heard] == [Refusal] and "its compiler failed" in str(heard[0].error)
 
 
 def test_a_form_that_turns_out_wrong_later_is_refused_later(gate):
@@ -354,11 +417,11 @@ def test_a_form_that_gets_out_of_hand_ends_its_answer_and_no_other():
     wild, tame = answer(engine, asked("wild", regex="((a{1,100}){1,100}){1,100}", ignore_eos=True), asked("tame", regex="[a-z]{40}"))
     end = wild.outputs[-1].outputs[0]
     assert end.finish_reason == "error" and "structured_outputs could not be followed to the end" in str(end.stop_reason)
-    assert re.fullmatch("[a-z]{40}", *texts(tame)) and engine.stats().ended == {"error": 1, "stop": 1}
+    assert re.fullmatch("[a-z]{40}", text(tame)) and engine.stats().ended == {"error": 1, "stop": 1}
 
 
 def test_llguidance_is_imported_by_the_first_request_that_needs_it():
-    code = "import sys, jaxllm.engine, serving.engine_process, serving.app; assert 'llguidance' not in sys.modules"
+    code = "import sys, jaxllm.mask, jaxllm.trial, serving.protocol; assert 'llguidance' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

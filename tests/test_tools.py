@@ -9,9 +9,11 @@ import pytest
 from fake_engine import FakeEngine
 from server_fixtures import serving
 
+from jaxllm.chat_template import ChatTemplate
 from jaxllm.request import ConfigError
 from serving import shapes
 from serving.app import build_app
+from serving.conversation import parse_messages
 from serving.options import ServerOptions
 from serving.parsers.table import Parsers
 
@@ -236,6 +238,23 @@ def test_a_history_of_calls_reaches_the_template_as_objects(client, served, says
     assert tuple(tokens) == served.engine.served[-1].prompt_token_ids
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ message.tool_calls[0].function.arguments | tojson }}",  # most: an object
+        "{{ '' + message.tool_calls[0].function.arguments + '' }}",  # DeepSeek's: a text beside another
+        "{{ message.tool_calls[0].function.arguments ~ '' }}",
+        "{% set a = message.tool_calls[0].function.arguments %}{{ a if a is string else a | tojson }}",
+        "{% for k, v in message.tool_calls[0].function.arguments.items() %}{{ '{\"' ~ k ~ '\": ' ~ (v | tojson) ~ '}' }}{% endfor %}",
+    ],
+)
+def test_templates_of_either_kind_write_arguments_as_json(template):
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{"city": "São Paulo"}'}}
+    messages = parse_messages([{"role": "assistant", "content": None, "tool_calls": [call]}])
+    made = ChatTemplate({"default": "{% for message in messages %}" + template + "{% endfor %}"}, {})
+    assert made.render(messages) == '{"city": "São Paulo"}'
+
+
 def function(**changes: Any) -> dict:
     return {"tools": [{"type": "function", "function": FUNCTIONS[0] | changes}]}
 
@@ -363,6 +382,23 @@ def test_a_server_without_a_parser():
         assert named(message.tool_calls) == [CLOCK] and message.reasoning == "Hm."
         with pytest.raises(openai.BadRequestError, match="`strict` cannot be kept to"):
             chat(client, tools=[TOOLS[0] | {"function": FUNCTIONS[0] | {"strict": True}}])
+
+
+def test_gpt_oss_channels():
+    engine = FakeEngine(max_model_len=4096)
+    assert engine.tokenizer is not None
+    engine.tokenizer.chat_templates = {"default": "<|start|>assistant<|channel|>analysis<|message|>"}
+    analysis = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant"
+    with serving(engine) as served, served.client() as client:
+        engine.script = analysis + "<|channel|>final<|message|>Sunny."
+        for tools in ({}, {"tools": TOOLS}):
+            answer = chat(client, **tools)
+            assert (answer.choices[0].message.content, answer.choices[0].message.reasoning) == ("Sunny.", "Hm.")
+            assert answer.usage.completion_tokens_details.reasoning_tokens == 3
+        engine.script = analysis + "<|channel|>commentary to=functions.clock <|constrain|>json<|message|>{}<|call|>"
+        for choice in ("auto", "required"):
+            assert named(chat(client, tools=TOOLS, tool_choice=choice).choices[0].message.tool_calls) == [CLOCK]
+        assert "<|channel|>" in grammar(served)
 
 
 # ---------------------------------------------------------------------------- /v1/responses

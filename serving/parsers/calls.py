@@ -101,14 +101,19 @@ def parse_objects(body: str, schemas: Schemas) -> tuple[list[Call], str]:
     """JSON objects, one after another or in a list, with or without something between them."""
     value, rest = begin_json(body)
     calls = [call_of(each, schemas) for each in (value if isinstance(value, list) else [value])]
-    while following := re.match(r"\s*[;,]?\s*(?=\{)", rest):
+    while (following := _after_separator(rest)).startswith("{"):
         try:
-            value, after = begin_json(rest[following.end() :])
+            value, after = begin_json(following)
             calls.append(call_of(value, schemas))
         except ValueError:
             break
         rest = after
     return calls, rest
+
+
+def _after_separator(text: str) -> str:
+    text = text.lstrip()
+    return text[1:].lstrip() if text[:1] in (";", ",") else text
 
 
 def parse_python(body: str, schemas: Schemas) -> tuple[list[Call], str]:
@@ -171,10 +176,10 @@ def parse_deepseek(body: str, schemas: Schemas) -> tuple[list[Call], str]:
 
 def parse_xml(body: str, schemas: Schemas) -> tuple[list[Call], str]:
     """<function=name><parameter=key>value</parameter>...</function>: a value is text where the schema says string, and JSON elsewhere."""
-    found = re.fullmatch(r"\s*<function=([^>]+)>(.*?)(?:</function>)?\s*", body, re.S)
-    if found is None:
+    begun, found, rest = body.strip().removesuffix("</function>").partition(">")
+    name, inside = begun.removeprefix("<function=").strip(), rest
+    if not found or not begun.startswith("<function="):
         raise ValueError("no function in the call")
-    name, inside = found[1].strip(), found[2]
     properties = schemas.get(name, {}).get("properties", {})
     pairs = re.findall(r"<parameter=([^>]+)>\n?(.*?)\n?(?:</parameter>|(?=<parameter=)|\Z)", inside, re.S)
     if re.sub(r"<parameter=[^>]+>.*?(?:</parameter>|(?=<parameter=)|\Z)", "", inside, flags=re.S).strip():

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from jaxllm.grammar import short, written
+from jaxllm.grammar import schema_in_grammar
 from jaxllm.request import RequestError, StructuredOutputs
 from serving.parsers.calls import HARMONY, Form
 from serving.parsers.table import Place, Tags
@@ -99,17 +99,11 @@ def _wanted(wanted: StructuredOutputs) -> str:
     return _ANY_OBJECT
 
 
-def _schema(schema: Any, fault: str, param: str) -> str:
-    """The right side of a rule for a JSON schema, with what structured_outputs refuses and how much blank space it allows."""
-    from llguidance import LLMatcher
-
+def _schema(schema: dict[str, Any], fault: str, param: str) -> str:
     try:
-        made = written(StructuredOutputs(json=schema))
-        if found := LLMatcher.validate_grammar(made):
-            raise ValueError(found)
+        return schema_in_grammar(schema)
     except ValueError as error:
-        raise RequestError(f"{fault}: {short(str(error))}", param) from None
-    return f"%json {json.dumps(json.loads(made)['grammars'][0]['json_schema'])}"
+        raise RequestError(f"{fault}: {error}", param) from None
 
 
 _ANY_OBJECT = '%json {"type": "object"}'

@@ -4,8 +4,6 @@ ChatAnswer is for answers that are text, and writes an event a token in one f-st
 must be found first.
 """
 
-import secrets
-import string
 import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import replace
@@ -18,6 +16,7 @@ from serving.frame import Frame
 from serving.parsers.parts import Call, Part, Text, Thought
 from serving.protocol import EngineLike, finite, off_loop, prompt_logprobs_body
 from serving.reading import ChoiceReader, Reading
+from serving.tools import call_id
 from serving.usage import Usage
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ class ReadChatAnswer(ChatAnswer):
 
     def _message(self, parts: list[Part]) -> dict:
         text = "".join(part.text for part in parts if isinstance(part, Text))
-        calls = [whole_call(part) for part in parts if isinstance(part, Call)]
+        calls = [_whole_call(part) for part in parts if isinstance(part, Call)]
         thought = "".join(part.text for part in parts if isinstance(part, Thought))
         message: dict[str, Any] = {"role": "assistant", "content": text or (None if calls or thought else ""), "refusal": None}
         if thought and self._shows_thoughts:
@@ -157,7 +156,7 @@ class ReadChatAnswer(ChatAnswer):
             else:
                 if isinstance(part, Call):
                     count += 1
-                    yield {"tool_calls": [{"index": count - 1, **whole_call(Call(part.name, ""))}]}
+                    yield {"tool_calls": [{"index": count - 1, **_whole_call(Call(part.name, ""))}]}
                 if part.arguments:
                     yield {"tool_calls": [{"index": count - 1, "function": {"arguments": part.arguments}}]}
 
@@ -181,13 +180,5 @@ def _thought(text: str) -> dict[str, str]:
     return {"reasoning": text, "reasoning_content": text}
 
 
-def whole_call(call: Call) -> dict[str, Any]:
+def _whole_call(call: Call) -> dict[str, Any]:
     return {"id": call_id(), "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-
-
-def call_id() -> str:
-    """Nine letters and digits: Mistral's chat templates take no other, and the others do not mind."""
-    return "".join(secrets.choice(_ALPHABET) for _ in range(9))
-
-
-_ALPHABET = string.ascii_letters + string.digits

@@ -12,8 +12,7 @@ from serving.errors import ApiError, encode
 from serving.parsers.parts import Call, More, Part, Text, Thought
 from serving.protocol import EngineLike, off_loop
 from serving.reading import ChoiceReader, Reading, object_of, parts_of
-from serving.routes.chat_answer import call_id
-from serving.tools import Tools
+from serving.tools import Tools, call_id
 from serving.usage import Usage
 
 if TYPE_CHECKING:
