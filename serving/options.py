@@ -126,6 +126,7 @@ ENGINE = {
         Flag("max_num_queued_reqs", "Most sequences that may wait for a row; further requests get a 429.", whole(0), "COUNT", "no limit"),
         Flag("max_num_seqs", "Most sequences that run at once.", whole(1), "COUNT", "from memory and device"),
         Flag("max_num_batched_tokens", "Most tokens in one step.", whole(1), "TOKENS", "from memory and device"),
+        Flag("num_scheduler_steps", "Tokens a row decodes in one dispatch when nobody waits.", whole(1), "COUNT", "from model and device"),
     ],
 }
 

@@ -59,7 +59,8 @@ EVERY_FLAG = """--host ::1 --port 9 --api-key k --api-key l --enable-log-request
     --generation-config vllm --hf-overrides '{"a":1}' --dtype half --max-model-len 8K --max-logprobs 5 --seed 3 --enforce-eager
     --load-format dummy --revision r --download-dir d --device cpu --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --block-size 16
     --kv-cache-dtype fp8
-    --attention-backend reference --num-gpu-blocks-override 9 --no-enable-prefix-caching --max-num-seqs 4 --max-num-batched-tokens 64"""
+    --attention-backend reference --num-gpu-blocks-override 9 --no-enable-prefix-caching --max-num-seqs 4 --max-num-batched-tokens 64
+    --num-scheduler-steps 3"""
 
 
 def test_every_flag_reaches_its_field():
@@ -112,6 +113,7 @@ def test_every_flag_reaches_its_field():
         enable_prefix_caching=False,
         max_num_seqs=4,
         max_num_batched_tokens=64,
+        num_scheduler_steps=3,
         scheduling_policy="priority",
         max_num_queued_reqs=7,
         disable_log_stats=True,
