@@ -192,7 +192,20 @@ def test_the_rate_rises_stays_and_falls():
 
 
 def arguments(prepared: Path, out: Path) -> argparse.Namespace:
-    options = dict(size="smoke", pretrain=40, chat=20, finish=0, teacher=None, rows=2, rate=4e-3, seed=0, save_every=5, stop_at=None, carry=None, start=None)
+    options = dict(
+        size="smoke",
+        pretrain=40,
+        chat=20,
+        finish=0,
+        teacher=None,
+        rows=2,
+        rate=4e-3,
+        seed=0,
+        save_every=5,
+        stop_at=None,
+        carry=None,
+        start=None,
+    )
     return argparse.Namespace(prepared=prepared, out=out, **options)
 
 

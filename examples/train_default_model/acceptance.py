@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from model import SIZES, Params, logits
 from prepare import CHAT, TOKEN
@@ -23,7 +22,11 @@ from train import exported
 from jaxllm import LLM, SamplingParams
 from jaxllm.source import default_model
 
-CHATS = {"stories": ["stories_asked", "tiny_asked"], "chats": ["chores", "topical", "gsm8k", "fairytales"], "tools": ["tools", "made_up", "sgd"]}
+CHATS = {
+    "stories": ["stories_asked", "tiny_asked"],
+    "chats": ["chores", "topical", "gsm8k", "fairytales"],
+    "tools": ["tools", "made_up", "sgd"],
+}
 GUESSES = 4  # tokens that the draft guesses at a time
 LENGTH = 1024  # of a conversation and its answer, for one shape
 
@@ -86,7 +89,10 @@ def report(args: argparse.Namespace) -> str:
     folders = {"default": args.model or default_model(), "draft": args.draft or default_model().parent / "draft_model"}
     models = {size: exported(folder, size) for size, folder in folders.items()}
     lines = ["# Acceptance", "", f"Made by `python {' '.join(map(short, sys.argv))}`.", ""]
-    lines += [f"| held-out | greedy: accepted | tokens a step, {GUESSES} guesses | sampled: accepted | tokens a step | tokens judged |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| held-out | greedy: accepted | tokens a step, {GUESSES} guesses | sampled: accepted | tokens a step | tokens judged |",
+        "|---|---|---|---|---|---|",
+    ]
     with LLM(str(folders["default"]), max_num_seqs=16, max_model_len=LENGTH) as llm:
         for kind, sources in CHATS.items():
             prompts = questions(args.prepared, sources, args.answers // len(sources))
@@ -94,7 +100,8 @@ def report(args: argparse.Namespace) -> str:
             (greedy, taken, n), (likely, yielded, m) = (
                 measure(llm, models, prompts, p) for p in (replace(sampled, temperature=0.0), sampled)
             )
-            lines.append(f"| {kind}: {len(prompts)} of {', '.join(sources)} | {greedy:.1%} | {taken:.2f} | {likely:.1%} | {yielded:.2f} | {n + m:,} |")
+            asked = f"{kind}: {len(prompts)} of {', '.join(sources)}"
+            lines.append(f"| {asked} | {greedy:.1%} | {taken:.2f} | {likely:.1%} | {yielded:.2f} | {n + m:,} |")
     return "\n".join(lines) + "\n"
 
 

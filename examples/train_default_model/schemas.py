@@ -122,9 +122,9 @@ def camel(name: str) -> str:
 
 # --- tools that exist nowhere
 
-VERBS = """add book buy cancel change check clean close count create delete draw fetch find fix get list log make mark measure move open order
-paint pause plan print rate read rename rent repair reserve save scan schedule sell send set share ship show sort start stop store track
-update upload wash weigh wrap""".split()
+VERBS = """add book buy cancel change check clean close count create delete draw fetch find fix get list log make mark measure move open
+order paint pause plan print rate read rename rent repair reserve save scan schedule sell send set share ship show sort start stop store
+track update upload wash weigh wrap""".split()
 KEYS = """age amount area author brand budget category city code color comment count country date day deadline depth destination device
 distance duration email end flavor floor folder format gift group guest height hour id kind label language length level limit location
 material method mode model month name note number owner page password person place position price priority quality quantity rank reason
@@ -135,7 +135,10 @@ EXTRA = "new old first last main max min total start end home work default curre
 
 def _syllables(random: Random) -> str:
     """A name that no text has: it can only be copied."""
-    made = "".join(random.choice("bdfgklmnprstvz") + random.choice("aeiou") + random.choice(["", "", "n", "r", "l", "s"]) for _ in range(random.randint(2, 4)))
+    made = "".join(
+        random.choice("bdfgklmnprstvz") + random.choice("aeiou") + random.choice(["", "", "n", "r", "l", "s"])
+        for _ in range(random.randint(2, 4))
+    )
     return made.capitalize()
 
 
@@ -198,12 +201,18 @@ def _tool(random: Random) -> tuple[str, dict[str, str], dict]:
     does = f"{random.choice(VERBS)} {random.choice([*words.THINGS, *words.ANIMALS, *words.FOODS]).replace('-', ' ')}"
     said = dict(_parameter(random) for _ in range(random.choice([0, 1, 1, 2, 2, 3, 3, 4, 5])))
     key = camel if spell is camel else snake
-    keys = {key(name.replace(" ", "_")) if random.random() < 0.9 else f"{random.choice('abcdexyz')}{i}": name for i, name in enumerate(said)}
+    keys = {
+        key(name.replace(" ", "_")) if random.random() < 0.9 else f"{random.choice('abcdexyz')}{i}": name for i, name in enumerate(said)
+    }
     required = [k for k in keys if random.random() < 0.6]
     parameters = {"type": "object", "properties": {k: said[name] for k, name in keys.items()}, "required": required}
     about = random.choice(["{}", "{}.", "Lets you {}", "Use this to {}"]).format(does)
     name = spell(does.replace(" ", "_"))
-    return does, keys, {"type": "function", "function": {"name": name, "description": about[:1].upper() + about[1:], "parameters": parameters}}
+    return (
+        does,
+        keys,
+        {"type": "function", "function": {"name": name, "description": about[:1].upper() + about[1:], "parameters": parameters}},
+    )
 
 
 ASKS = ["Please {}", "I want to {}", "{}", "Can you {}", "Could you {} for me", "Let's {}", "I need to {}"]
@@ -215,7 +224,9 @@ def _ask(does: str, given: dict[str, str], random: Random) -> str:
     wish = random.choice(ASKS).format(f"{verb} {random.choice(['the', 'a', 'my'])} {what}")
     if not given:
         return wish + "."
-    form, glue = random.choice([("{k} {v}", ", "), ("the {k} is {v}", ", "), ("{k}: {v}", "\n"), ("{k} = {v}", ", "), ("{v} as the {k}", ", ")])
+    form, glue = random.choice(
+        [("{k} {v}", ", "), ("the {k} is {v}", ", "), ("{k}: {v}", "\n"), ("{k} = {v}", ", "), ("{v} as the {k}", ", ")]
+    )
     parts = [form.format(k=k, v=v) for k, v in given.items()]
     if glue == "\n":
         return f"{wish}.\n" + "\n".join(parts)
@@ -246,10 +257,11 @@ def _turn(does: str, keys: dict[str, str], tool: dict, random: Random, number: i
 
 def make(random: Random) -> tuple[list[dict], list[dict]]:
     """(messages, tools): one to three turns over one to six tools that exist nowhere."""
-    offered = {t["function"]["name"]: (does, keys, t) for does, keys, t in (_tool(random) for _ in range(random.choice([1, 2, 2, 3, 4, 5, 6])))}
+    offered = {
+        t["function"]["name"]: (does, keys, t) for does, keys, t in (_tool(random) for _ in range(random.choice([1, 2, 2, 3, 4, 5, 6])))
+    }
     system = random.choice(SYSTEMS)
     messages = [{"role": "system", "content": system}] if system else []
     for number in range(1, random.choice([1, 2, 2, 3]) + 1):
         messages += _turn(*random.choice(list(offered.values())), random, number)
     return messages, [tool for _, _, tool in offered.values()]
-

@@ -137,10 +137,11 @@ held_out_loss = jax.jit(loss, static_argnames=("size", "attention"))
 
 def stage_at(step: int, counts: dict[str, int], peak: float, warmup: int = 100) -> tuple[str, float]:
     """(stage, learning rate): up, level while pretraining, down to nothing over the chat stage, and once more up and down."""
-    for stage, count in counts.items():
-        if step < count:
-            break
+    stages = iter(counts.items())
+    stage, count = next(stages)
+    while step >= count:
         step -= count
+        stage, count = next(stages)
     up = 1.0 if stage == "chat" else min(1.0, (step + 1) / warmup)
     return stage, peak * up * (1.0 if stage == "pretrain" else (count - step) / count)
 
@@ -220,7 +221,9 @@ def train(args: argparse.Namespace) -> Params:
             print(line, file=log)
 
     def judge(step: int, stage: str, bit: jax.Array) -> None:
-        values = {n: held_out_loss(params, jnp.asarray(r), bit, size=size, attention=attention) for n, r in held_out.items() if len(r) == 16}
+        values = {
+            n: held_out_loss(params, jnp.asarray(r), bit, size=size, attention=attention) for n, r in held_out.items() if len(r) == 16
+        }
         note(step=step, stage=stage, held_out={n: round(float(v), 4) for n, v in values.items()})
 
     note(size=args.size, parameters=sum(p.size for p in params.values()), first=first, total=total, rows=args.rows, rate=args.rate)
