@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--model", type=Path, default=None, help="a folder; the model that ships if left out")
     parser.add_argument("--draft", type=Path, default=None, help="a folder; the draft that ships if left out")
-    parser.add_argument("--answers", type=int, default=36, help="answers of each kind")
+    parser.add_argument("--answers", type=int, default=24, help="answers of each kind")
     args = parser.parse_args()
     args.out.write_text(report(args))
 
