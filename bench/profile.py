@@ -183,7 +183,7 @@ class Turner:
 
     def decoding(self, rows: int) -> None:
         """Turns until every prompt has been computed and `rows` rows decode."""
-        while self._core.stats().generation_tokens < rows * 2:
+        while (flight := self._core._flight) is None or sum(not row.chunked for row in flight[0].rows) < rows:
             self.turn(1)
 
 
@@ -248,7 +248,9 @@ def main(argv: list[str] | None = None) -> None:
     from jaxllm.loading import load_engine_parts
 
     with workloads.model_folder(args.model) as (folder, config):
-        parts = load_engine_parts(EngineConfig(model=folder, **offline.options(args, longest, most)))
+        # A turn is to be a step, so that steps can be counted.
+        options: dict[str, Any] = {"num_scheduler_steps": 1} | offline.options(args, longest, most)
+        parts = load_engine_parts(EngineConfig(model=folder, **options))
 
         import jax
 

@@ -17,7 +17,7 @@ from jaxllm.scheduler import Step
 from pallas_kernels import Rows
 from pallas_kernels.work import lanes
 
-_FIELDS = 7  # slot, length, chunk_start, chunk_len, token, samples, new_page
+_FIELDS = 7  # slot, length after its first token or chunk, chunk_start, chunk_len, token, samples, new_page
 
 
 def packed_size(bucket: Bucket) -> int:
@@ -35,7 +35,7 @@ def pack(step: Step, plan: Plan) -> np.ndarray:
     for row in step.rows:
         count = row.count if row.chunked else 0
         token = -1 if row.token is None else row.token
-        numbers.append((row.slot, row.start + row.count, lane if count else 0, count, token, row.samples, row.new_page))
+        numbers.append((row.slot, row.start + (count or 1), lane if count else 0, count, token, row.samples, row.new_page))
         if count:
             known = row.sequence.tokens
             tokens[lane : lane + count] = known[row.start : row.start + count]
@@ -51,10 +51,11 @@ def pack(step: Step, plan: Plan) -> np.ndarray:
 class StepResult:
     """What one step found out, on the host. `logprobs` and `hidden` are there if a row asked for them, `prompt` after a scored step.
 
+    tokens: what each row drew, one after the other, as many as the step was repeated (a row that draws fewer has others behind its own).
     logprobs: chosen [M], rank [M], values [M, C], ids [M, C]; prompt: the same for the chunk lanes [T]; hidden [M, D] in float32.
     """
 
-    tokens: list[int]
+    tokens: list[list[int]]
     logprobs: tuple[np.ndarray, ...] | None = None
     prompt: tuple[np.ndarray, ...] | None = None
     hidden: np.ndarray | None = None
@@ -77,6 +78,19 @@ class Batch:
     rows: Rows
 
 
+def repeats(packed: Array, bucket: Bucket) -> Array:
+    """How often the packed step runs, int32: as often as a row draws, and once if none does."""
+    return jnp.maximum(packed[5 * bucket.rows : 6 * bucket.rows].max(), 1)
+
+
+def repetition(packed: Array, bucket: Bucket, i: Array) -> Array:
+    """The packed step as it runs the i-th time, from 0: rows run what they drew before, and those that have drawn all are empty."""
+    slot_M, length_M, *_, given_M, samples_M, new_page_M = packed.reshape(_FIELDS, bucket.rows)
+    again, none = (i > 0) & (samples_M > 0), jnp.zeros_like(slot_M)
+    length_M = jnp.where(again, jnp.where(i < samples_M, length_M + i, 0), length_M)
+    return jnp.concatenate([slot_M, length_M, none, none, jnp.where(i > 0, -1, given_M), samples_M - i, jnp.where(i > 0, 0, new_page_M)])
+
+
 def unpack(packed: Array, bucket: Bucket, page_size: int, last_S: Array, table_SP: Array) -> tuple[Batch, Array]:
     """The batch, and the page tables with this step's new pages written in.
 
@@ -85,8 +99,8 @@ def unpack(packed: Array, bucket: Bucket, page_size: int, last_S: Array, table_S
     m, t = bucket.rows, bucket.chunk
     slot_M, length_M, chunk_start_M, chunk_len_M, given_M, samples_M, new_page_M = packed[: _FIELDS * m].reshape(_FIELDS, m)
     chunk_T = packed[_FIELDS * m : _FIELDS * m + t]
-    dummy = last_S.shape[0] - 1
-    table_SP = table_SP.at[jnp.where(new_page_M > 0, slot_M, dummy), jnp.maximum(length_M - 1, 0) // page_size].set(new_page_M)
+    dummy, last_M = last_S.shape[0] - 1, jnp.maximum(length_M + jnp.maximum(samples_M, 1) - 2, 0)
+    table_SP = table_SP.at[jnp.where(new_page_M > 0, slot_M, dummy), last_M // page_size].set(new_page_M)
     rows = Rows(table_SP[slot_M], length_M, chunk_start_M, chunk_len_M)
     lane = lanes(rows, t)
     position_N = jnp.maximum(lane.position_N, 0)

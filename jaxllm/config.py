@@ -18,6 +18,8 @@ class EngineConfig:
     max_model_len: prompt and answer together, in tokens; -1 ("auto") is the most that memory allows.
     gpu_memory_utilization: the fraction of each device's total memory that weights, cache and step may take together.
     block_size: tokens in a page of the KV cache.
+    num_scheduler_steps: tokens that a row decodes in one dispatch while nobody waits for a place or computes a prompt. A row that ends
+        earlier leaves the rest unused, and a newcomer waits for it. None: several for models whose step is shorter than its dispatch.
     max_num_batched_tokens: prompt tokens in a step. None: thousands while nobody waits for tokens one by one, else some 60 ms of them.
     attention_backend: which of pallas_kernels' implementations attends; auto is the fastest that was measured for the device.
     scheduling_policy: fcfs serves who came first; priority whose Request.priority is smallest.
@@ -46,6 +48,7 @@ class EngineConfig:
     enable_prefix_caching: bool = True
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    num_scheduler_steps: int | None = None
     scheduling_policy: str = "fcfs"
     max_num_queued_reqs: int | None = None  # sequences that may wait for a row
     max_logprobs: int = 20

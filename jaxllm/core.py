@@ -204,7 +204,10 @@ class Core:
                 if live.request.embed:
                     assert result.hidden is not None
                     live.embedding = unit(result.hidden[i].tolist())
-                self._take_token(live, answer, result.tokens[i])
+                for token in result.tokens[i][: row.samples]:
+                    self._take_token(live, answer, token)
+                    if row.sequence.finished:  # whatever it drew behind its end
+                        break
         self._metrics.flush()
 
     def _take_token(self, live: _Live, answer: _Answer, token: int) -> None:
@@ -272,7 +275,7 @@ class Core:
         assert result.logprobs is not None
         wanted = row.sequence.params.logprobs or 0
         chosen, rank, values, ids = result.logprobs
-        return self._top(result.tokens[i], chosen[i], rank[i], values[i], ids[i], wanted)
+        return self._top(result.tokens[i][0], chosen[i], rank[i], values[i], ids[i], wanted)
 
     def _top(self, token: int, chosen, rank, values, ids, wanted: int) -> TokenLogprobs:
         text = self._tokenizer.token_text if self._tokenizer else lambda token: ""

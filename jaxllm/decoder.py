@@ -16,7 +16,7 @@ from converters.model_config import Layer, ModelConfig
 from jaxllm import parallel
 from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
 from jaxllm.patch import Patching
-from pallas_kernels import Linears, Product, Stream
+from pallas_kernels import Linears, Stream
 
 GATES = ("silu", "gelu_tanh")  # activations that the compilers of the fused kernels know
 KV = Any  # one layer's cache, as its context understands it: a pair of page arrays, or None
@@ -28,8 +28,8 @@ class Context(Protocol):
 
     @property
     def linears(self) -> Linears | None:
-        """How the products of a step with few rows run. None: as plain products, and so for a decoder that has no `products`, and
-        where a layer is visited."""
+        """How the products of a decode step run. None: as plain products, and so for a decoder that is not `usual`, and where a layer is
+        visited."""
         ...
 
     def attend(
@@ -163,27 +163,19 @@ class Block(nnx.Module):
         hidden_NF = run.gated(normed, mlp.inputs.weight[...], ACTIVATIONS[mlp.act])
         return run.add(x, hidden_NF, mlp.down.weight[...]), kv
 
-    def products(self) -> list[Product] | None:
-        """The products of a usual block: RMS norms before and none behind, an MLP with a smooth gate, no bias but that of q, k and v.
-
-        None of others.
-        """
+    @property
+    def usual(self) -> bool:
+        """Can it run fused? RMS norms before and none behind, an MLP with a smooth gate, no bias but that of q, k and v."""
         attn, mlp = self.attn, self.mlp
         if self.parallel or self.attn_out is not None or self.mlp_out is not None or not isinstance(mlp, MLP) or not mlp.gated:
-            return None
-        if mlp.act not in GATES:
-            return None
-        norms = (self.attn_in, self.mlp_in)
-        if any(norm is None or norm.center or norm.bias is not None for norm in norms):
-            return None
-        if any(linear.bias is not None for linear in (attn.o, mlp.inputs, mlp.down)):
-            return None
-        if any(norm is not None and (norm.center or norm.bias is not None or norm.weight.ndim > 1) for norm in (attn.q_norm, attn.k_norm)):
-            return None
-        if any(norm is not None and norm.weight.shape[0] != attn.head_dim for norm in (attn.q_norm, attn.k_norm)):
-            return None
-        weights = [(attn.qkv.weight, False), (attn.o.weight, False), (mlp.inputs.weight, True), (mlp.down.weight, False)]
-        return [Product(w.shape[0] // (1 + gated), w.shape[1], gated) for w, gated in weights]
+            return False
+        heads = [norm for norm in (attn.q_norm, attn.k_norm) if norm is not None]
+        return (
+            mlp.act in GATES
+            and all(norm is not None and norm.is_rms for norm in (self.attn_in, self.mlp_in))
+            and all(linear.bias is None for linear in (attn.o, mlp.inputs, mlp.down))
+            and all(norm.is_rms and norm.weight.shape == (attn.head_dim,) for norm in heads)
+        )
 
 
 def _pass(site: str, value_ND: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
@@ -229,14 +221,10 @@ class Decoder(nnx.Module):
             x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, i if ctx.visits(i, kept[i]) else None)
         return self.norm(x) if ctx.linears is None else ctx.linears.finish(x, self.norm.rms()), kept
 
-    def products(self) -> list[Product] | None:
-        """What `linears_for` wants to know: the products of each kind of block. None if some block must run as plain products."""
-        found: list[Product] = []
-        for block in self.blocks:
-            if (products := block.products()) is None:
-                return None
-            found += [product for product in products if product not in found]
-        return None if self.norm.center or self.norm.bias is not None else found
+    @property
+    def usual(self) -> bool:
+        """Can all of its blocks run fused, and its last norm?"""
+        return self.norm.is_rms and all(block.usual for block in self.blocks)
 
     def logits(self, hidden_BD: jax.Array) -> jax.Array:
         """[B, V] float32: sampling compares logits whose differences bfloat16 would round away."""

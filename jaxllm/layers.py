@@ -75,6 +75,11 @@ class Norm(nnx.Module):
         y = y * (self.weight[...].astype(jnp.float32) + self.offset)
         return (y if self.bias is None else y + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
+    @property
+    def is_rms(self) -> bool:
+        """An RMS norm without bias."""
+        return not self.center and self.bias is None
+
     def rms(self) -> pallas_kernels.Norm:
         """An RMS norm without bias, as the fused kernels take it."""
         return pallas_kernels.Norm(self.weight[...], self.eps, self.offset)

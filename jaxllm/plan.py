@@ -16,6 +16,9 @@ LARGE = 60 * GIB  # from this device memory on, steps are sized for throughput; 
 SLACK = 5 * GIB // 4  # the allocator's rounding, CUDA graphs
 PACE = 4e13  # operations on prompts in a step while answers are streamed: 60 ms on an H200, the pause between two of their tokens
 WORKSPACE = 128 * 2**20  # what XLA counts among a step's temporaries for cuBLAS, however small the step
+# A dispatch takes the host 1 to 2 ms. A GPU reads 2.5 TB/s of a small model's weights, so those of less than 2 GB or so are done before:
+# what goes out in one dispatch should keep the device busy for 4 ms, and newcomers waiting no longer.
+DISPATCH = 4e-3 * 2.5e12
 CPU_CACHE_BYTES = 1 * GIB  # what the KV cache may take on a CPU, where there is no device memory to divide
 
 
@@ -58,6 +61,7 @@ class Plan:
     enable_prefix_caching: bool
     max_logprobs: int
     tensor_parallel_size: int
+    decode_steps: int = 1  # tokens that a row decodes in one dispatch when nobody waits
     streamed_chunk: int | None = None  # prompt tokens a step takes at most while some answer is streamed; None: as many as ever
     kv_dtype: str | None = None  # of the pages, where it is not dtype
     step_bytes: int | None = None  # device memory set aside for the temporaries of one step; None on a CPU
@@ -89,7 +93,7 @@ class Plan:
         return (
             f"{self.dtype}, {self.num_pages} pages of {self.page_size} tokens in {self.page_dtype}: maximum concurrency for "
             f"{self.max_model_len:,} tokens per request: {self.capacity / self.max_model_len:.2f}x; "
-            f"at most {self.max_num_seqs} rows and {self.largest.chunk} prompt tokens a step, "
+            f"at most {self.max_num_seqs} rows and {self.largest.chunk} prompt tokens a step, {self.decode_steps} decodes a dispatch, "
             f"{len(self.buckets) + 1} shapes"
         )
 
@@ -116,7 +120,9 @@ def make_plan(
             "lower it, or raise max_position_embeddings by --hf-overrides"
         )
     wanted = model.max_position if longest < 0 else longest
-    chunks = _chunks(config, machine)
+    chunks, steps = _chunks(config, machine), config.num_scheduler_steps or _decode_steps(config, machine, weight_bytes)
+    if not 1 <= steps <= page_size:
+        raise ConfigError(f"--num-scheduler-steps must be from 1 to --block-size, which is {page_size}, but it is {steps}")
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype)
     page_bytes = kv_page_bytes(model, page_size, kv_dtype or dtype, config.tensor_parallel_size)
     scored = Bucket(min(chunks), min(rows, 8), scored=True)
@@ -146,6 +152,7 @@ def make_plan(
         enable_prefix_caching=config.enable_prefix_caching,
         max_logprobs=config.max_logprobs,
         tensor_parallel_size=config.tensor_parallel_size,
+        decode_steps=steps,
         streamed_chunk=config.max_num_batched_tokens or _paced(chunks, weight_bytes),
         kv_dtype=kv_dtype,
         step_bytes=None if machine.memory is None else step_bytes,
@@ -189,6 +196,13 @@ def _chunks(config: EngineConfig, machine: Machine) -> list[int]:
     if most < 1:
         raise ConfigError(f"--max-num-batched-tokens must be at least 1, but it is {most}")
     return [most] if config.enforce_eager else sorted({*(s for s in sizes if s < most), most})
+
+
+def _decode_steps(config: EngineConfig, machine: Machine, weight_bytes: int) -> int:
+    """On one GPU; a CPU's step takes longer than its dispatch, and loops over several devices were not measured."""
+    if machine.memory is None or config.tensor_parallel_size > 1:
+        return 1
+    return max(1, min(8, int(DISPATCH / max(weight_bytes, 1))))
 
 
 def _paced(chunks: list[int], weight_bytes: int) -> int:

@@ -48,6 +48,11 @@ ADMITTED = 16  # sequences whose row state one dispatch brings to the device
 _OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
 # Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200).
 _LARGE = {"xla_gpu_enable_triton_gemm": False}
+# A step that is repeated stays one CUDA graph: with the usual kinds and its loop (WHILE), the device counts the turns, and the host none.
+REPEATED = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE",
+    "xla_gpu_graph_min_graph_size": 1,  # of which the loop is one
+}
 _COMPILER_STACK = 64 * 2**20  # XLA's recursion over a deep model overflows a thread's usual 8 MiB
 
 
@@ -61,7 +66,7 @@ class Handle:
 
     def read(self) -> StepResult:
         tokens, *found = jax.tree.map(np.asarray, self._arrays)
-        return StepResult(tokens.tolist(), *found)
+        return StepResult(np.atleast_2d(tokens).T.tolist(), *found)
 
 
 @dataclass
@@ -166,7 +171,7 @@ class Runner:
         self._warm_up()
 
     def _port_shapes(self, rows: int) -> device.Ports:
-        return device.Ports.shapes(rows, self.model, self.plan.dtype)
+        return device.Ports.shapes(rows, self.model, self.plan)
 
     def _jobs(self) -> list["_Job"]:
         s, f = self._state, jax.ShapeDtypeStruct
@@ -186,12 +191,13 @@ class Runner:
             ports, inbox = self._port_shapes(b.rows), f((packed_size(b),), jnp.int32)
             args = (self._params, cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, ports, self._patch_S)
             step = precision(partial(self._step, b))
-            job(str(b), self._steps, b, step, args, (1, 2, 3, 7), (out, *[self._everywhere] * 4), _LARGE if b.chunk else None)
+            special = _LARGE if b.chunk else REPEATED if self.plan.decode_steps > 1 else {}
+            job(str(b), self._steps, b, step, args, (1, 2, 3, 7), (out, *[self._everywhere] * 4), special)
             job(f"{b}'s inbox", self._loads, b, _load, (inbox, inbox), (0,))
         for m in sorted({b.rows for b in steps}):
             ports = self._port_shapes(m)
             how = (self._mesh, self._implementation)
-            job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_M,), ())
+            job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_RM,), ())
             job(f"hidden of {m}", self._hiddens, m, partial(jnp.array, dtype=jnp.float32), (ports.hidden_MD,), ())
             args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, s.banned_SW, ports.head_3M, ports.logits_MV)
             edited = partial(device.draw_edited, *how, count=self.plan.max_logprobs)
@@ -209,9 +215,9 @@ class Runner:
         return jobs
 
     def _step(self, bucket: Bucket, params, *arrays):
-        """`arrays`: as `model_step` takes them, the ports, whose memory its results get, and what the rows bring for the patch."""
+        """`arrays`: as `model_step` takes them, and what the rows bring for the patch."""
         decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, params))
-        *arrays, _, patch_S = arrays
+        *arrays, patch_S = arrays
         return device.model_step(decoder, self.plan, self._mesh, self._implementation, bucket, *arrays, self.patch, patch_S)
 
     def _check_memory(self) -> None:
@@ -228,7 +234,7 @@ class Runner:
     def _warm_up(self) -> None:
         for bucket in self._steps:
             self._dispatch(Step([], bucket))
-            self._takes[bucket.rows](self._ports[bucket.rows].tokens_M)
+            self._takes[bucket.rows](self._ports[bucket.rows].tokens_RM)
             self._hiddens[bucket.rows](self._ports[bucket.rows].hidden_MD)
             self._draw_edited(bucket.rows)
         self._admit_rows([])
@@ -259,7 +265,7 @@ class Runner:
             tokens, *found = self._draw_edited(rows)
             logprobs = tuple(found) if any(p.logprobs is not None for p in sampling) else None
         else:
-            tokens = self._takes[rows](self._ports[rows].tokens_M)
+            tokens = self._takes[rows](self._ports[rows].tokens_RM)
         embeds = any(row.samples and row.sequence.request.embed for row in step.rows)
         hidden = self._hiddens[rows](self._ports[rows].hidden_MD) if embeds else None
         return Handle(tokens, logprobs, prompt if step.bucket.scored else None, hidden)

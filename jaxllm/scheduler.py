@@ -61,15 +61,19 @@ class Sequence:
 
 
 class Row(NamedTuple):
-    """`count` tokens of one sequence, from position `start`. `token` is the one to run, or None if only the device has it."""
+    """`count` tokens of one sequence, from position `start`. `token` is the first to run, or None if only the device has it.
+
+    samples: tokens it draws: none if it does not reach the end of what is known; several, each run to draw the next, if it decodes in a
+    step that is repeated.
+    """
 
     sequence: Sequence
     slot: int
     start: int
     count: int
-    samples: bool  # does it reach the end of what is known, so that the next token is sampled?
+    samples: int
     token: int | None = None
-    new_page: int = 0  # a page taken for position `start`, if a decode needed one
+    new_page: int = 0  # the page of its last position, if a decode needed one more
     chunked: bool = False  # runs in chunk lanes; one that decodes runs in its row's own lane
 
 
@@ -140,6 +144,8 @@ class Scheduler:
         """The next step, or None if nothing can run before something is read, added or finished."""
         if (scored := self._scored_step()) is not None:
             return scored
+        if repeated := self._repeated():
+            return Step(repeated, self.plan.bucket(len(repeated), 0))
         rows = [self._decode(s) for s in list(self.running) if s.slot is not None and s.todo == 1 and self._has_page(s)]
         # A sequence further down may have been preempted for one further up only before its own turn, never after.
         admitted: list[Sequence] = []
@@ -158,6 +164,23 @@ class Scheduler:
         if not rows:
             return self._scored_step(admitted)
         return Step(rows, self.plan.bucket(len(rows), sum(r.count for r in rows if r.chunked)), admitted)
+
+    def _repeated(self) -> list[Row]:
+        """Every running sequence with several tokens to draw in one dispatch; nothing if somebody waits, or if one of them cannot.
+
+        What edits a row's logits, and an embedding, needs each token by itself. Nobody is preempted for this.
+        """
+        most, size = self.plan.decode_steps, self.plan.page_size
+        if most == 1 or self.waiting or not self.running:
+            return []
+        drawing = [s for s in self.running if s.length < s.limit]
+        if any(s.todo != 1 or s.params.edits or s.request.embed for s in drawing):
+            return []
+        counts = [min(most, s.limit - s.length) for s in drawing]
+        pages = sum(s.computed + count > len(s.pages) * size for s, count in zip(drawing, counts, strict=True))
+        if max(counts, default=0) < most or pages > self.pool.available:
+            return []
+        return [self._decode(s, count) for s, count in zip(drawing, counts, strict=True)]
 
     def _chunk(self, rows: list[Row]) -> int:
         """How many prompt tokens may run beside `rows`, which decode: fewer if somebody waits for the next token of one."""
@@ -229,19 +252,22 @@ class Scheduler:
             parent = sequence.names[-1] if have else sequence.root
             sequence.names += chain(sequence.tokens[have * size : count * size], size, parent)
 
-    def _decode(self, sequence: Sequence) -> Row:
+    def _decode(self, sequence: Sequence, count: int = 1) -> Row:
         new_page = 0
-        if sequence.computed == len(sequence.pages) * self.plan.page_size:
+        if sequence.computed + count > len(sequence.pages) * self.plan.page_size:
             (new_page,) = self.pool.take(1)
             sequence.pages.append(new_page)
-        return self._row(sequence, 1, new_page)
+        return self._advance(sequence, count, count, new_page, chunked=False)
 
-    def _row(self, sequence: Sequence, count: int, new_page: int = 0, chunked: bool = False) -> Row:
+    def _row(self, sequence: Sequence, count: int, chunked: bool = False) -> Row:
+        samples = sequence.computed + count == sequence.length
+        return self._advance(sequence, count, int(samples), chunked=chunked or count > 1)
+
+    def _advance(self, sequence: Sequence, count: int, samples: int, new_page: int = 0, *, chunked: bool) -> Row:
         assert sequence.slot is not None
         start = sequence.computed
-        samples = start + count == sequence.length
         token = sequence.tokens[start] if start < len(sequence.tokens) else None
-        row = Row(sequence, sequence.slot, start, count, samples, token, new_page, chunked or count > 1)
+        row = Row(sequence, sequence.slot, start, count, samples, token, new_page, chunked)
         sequence.computed += count
         sequence.pending += samples
         sequence.length += samples

@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.sharding import Mesh
 
 from converters.model_config import ModelConfig
 from jaxllm import sample
-from jaxllm.batch import unpack
+from jaxllm.batch import repeats, repetition, unpack
 from jaxllm.cache import PAGE_AXES, Cache
 from jaxllm.decoder import Attention, Decoder
 from jaxllm.parallel import spec
@@ -85,21 +85,22 @@ class PagedContext:
 class Ports:
     """Where a step of M rows leaves what it made. They are donated and come back, so they stay where they are on the device.
 
+    tokens: of each repetition; those that did not run are left as they were. The rest is the last one's.
     head: slot, length with the tokens just run, and whether the row samples: with the seeds, all that a draw depends on.
     hidden: the last token's, after the final norm, for those who want an embedding.
     """
 
-    tokens_M: Array
+    tokens_RM: Array
     logits_MV: Array
     head_3M: Array
     hidden_MD: Array
 
     @classmethod
-    def shapes(cls, rows: int, model: ModelConfig, dtype: str) -> "Ports":
+    def shapes(cls, rows: int, model: ModelConfig, plan: Plan) -> "Ports":
         """The ports' shapes and types, in place of arrays."""
         f: Any = jax.ShapeDtypeStruct
-        logits, hidden = f((rows, model.vocab_size), jnp.float32), f((rows, model.d_model), dtype)
-        return cls(f((rows,), jnp.int32), logits, f((3, rows), jnp.int32), hidden)
+        logits, hidden = f((rows, model.vocab_size), jnp.float32), f((rows, model.d_model), plan.dtype)
+        return cls(f((plan.decode_steps, rows), jnp.int32), logits, f((3, rows), jnp.int32), hidden)
 
 
 def model_step(
@@ -114,15 +115,29 @@ def model_step(
     floats_SF: Array,
     ints_SI: Array,
     inbox: Array,
+    ports: Ports,
     patch: Patch | None = None,
     patch_S: dict[str, Array] | None = None,
 ) -> tuple[Cache, Array, Array, Ports, tuple[Array, ...]]:
-    """One step: (cache, last_S, table_SP, ports, prompt log-probabilities of a scored bucket). `inbox` is what `batch.pack` made.
+    """One dispatch: (cache, last_S, table_SP, ports, prompt log-probabilities of a scored bucket). `inbox` is what `batch.pack` made.
 
+    Rows that decode do so as often as they draw, each on the token it drew before.
     Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
     patch_S: what each row slot brings for the patch.
     """
-    batch, table_SP = unpack(inbox, bucket, plan.page_size, last_S, table_SP)
+    one = partial(_one_step, decoder, plan, mesh, implementation, bucket, floats_SF, ints_SI, patch, patch_S)
+    if bucket.chunk or plan.decode_steps == 1:
+        return one(inbox, jnp.int32(0), cache, last_S, table_SP, ports)
+
+    def again(i, state):
+        return one(repetition(inbox, bucket, i), i, *state)[:-1]
+
+    return *lax.fori_loop(jnp.int32(0), repeats(inbox, bucket), again, (cache, last_S, table_SP, ports)), ()
+
+
+def _one_step(decoder, plan, mesh, implementation, bucket, floats_SF, ints_SI, patch, patch_S, packed, i, cache, last_S, table_SP, ports):
+    """Model and draw once; `i` of the repetitions came before."""
+    batch, table_SP = unpack(packed, bucket, plan.page_size, last_S, table_SP)
     works = _works(decoder.c, plan, implementation, batch.rows, bucket)
     patching = None if patch is None else Patching(patch_S or {}, batch.slot_N, batch.position_N, patch)
     # The fused kernels have no sites.
@@ -138,15 +153,14 @@ def model_step(
     prompt = ()
     if bucket.scored:
         prompt = sample.logprobs(decoder.logits(hidden_ND[bucket.rows :]), batch.target_T, plan.max_logprobs)
-    return cache, last_S, table_SP, Ports(tokens_M, logits_MV, head_3M, hidden_MD), prompt
+    return cache, last_S, table_SP, Ports(ports.tokens_RM.at[i].set(tokens_M), logits_MV, head_3M, hidden_MD), prompt
 
 
 def _linears(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket) -> Linears | None:
     """How this step's layers multiply. Plainly on several devices, where sums over them come between a product and what follows it."""
-    products = decoder.products()
-    if mesh.size > 1 or implementation == "reference" or plan.page_dtype != plan.dtype or products is None:
+    if mesh.size > 1 or implementation == "reference" or plan.page_dtype != plan.dtype or not decoder.usual:
         return None
-    return linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, products)
+    return linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype)
 
 
 def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:

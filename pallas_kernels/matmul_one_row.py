@@ -20,11 +20,12 @@ from jax.experimental.pallas import triton as plt
 
 @dataclass(frozen=True)
 class Tile:
-    """A program's part of the work."""
+    """A program's part of the work. ahead: a turn's weights are asked for a turn early, and wait in registers."""
 
     features: int
     inputs: int
     num_warps: int
+    ahead: bool = False
 
 
 def linear(
@@ -61,21 +62,37 @@ def _kernel(x_ref, weight_ref, *refs, tile, act, eps, offset, names):
     feature_F = pl.program_id(0) * tile.features + jnp.arange(tile.features)
     live_F = _live(feature_F, features, tile.features)
     halves = [feature_F] if act is None else [feature_F, features + feature_F]
+    turns = pl.cdiv(inputs, tile.inputs)
 
-    def turn(i, state):
-        sums, square_S = state
+    def inputs_of(i):
         input_S = i * tile.inputs + jnp.arange(tile.inputs)
-        live_S = _live(input_S, inputs, tile.inputs)
+        return input_S, _live(input_S, inputs, tile.inputs)
+
+    def fetched(i):
+        input_S, live_S = inputs_of(i)
         live_FS = _both(live_F, live_S, (tile.features, tile.inputs))
-        weights = [_load(weight_ref.at[half[:, None], input_S[None, :]], live_FS) for half in halves]
-        x_S = _load(x_ref.at[0, input_S], live_S)
+        return [_load(weight_ref.at[half[:, None], input_S[None, :]], live_FS) for half in halves]
+
+    def multiplied(i, sofar, weights):
+        (sums, square_S), (input_S, live_S) = sofar, inputs_of(i)
+        x_S = _load(x_ref.at[0, input_S], live_S).astype(jnp.float32)
         if "norm" in extras:
             square_S += x_S * x_S
-            x_S = (x_S * (_load(extras["norm"].at[input_S], live_S) + offset)).astype(dtype).astype(jnp.float32)
-        return [total + w_FS * x_S[None, :] for total, w_FS in zip(sums, weights, strict=True)], square_S
+            norm_S = _load(extras["norm"].at[input_S], live_S).astype(jnp.float32) + offset
+            x_S = (x_S * norm_S).astype(dtype).astype(jnp.float32)
+        return [total + w_FS.astype(jnp.float32) * x_S[None, :] for total, w_FS in zip(sums, weights, strict=True)], square_S
 
     start = [jnp.zeros((tile.features, tile.inputs), jnp.float32) for _ in halves], jnp.zeros((tile.inputs,), jnp.float32)
-    sums, square_S = lax.fori_loop(0, pl.cdiv(inputs, tile.inputs), turn, start)
+    if tile.ahead:  # the last turn stands outside, because nothing comes after it
+
+        def turn(i, state):
+            sofar, weights = state
+            following = fetched(i + 1)
+            return multiplied(i, sofar, weights), following
+
+        sums, square_S = multiplied(turns - 1, *lax.fori_loop(0, turns - 1, turn, (start, fetched(0))))
+    else:
+        sums, square_S = lax.fori_loop(0, turns, lambda i, sofar: multiplied(i, sofar, fetched(i)), start)
     products = [jnp.sum(total, axis=1) for total in sums]
     if "norm" in extras:
         unit = lax.rsqrt(jnp.sum(square_S) / inputs + eps)
@@ -84,7 +101,8 @@ def _kernel(x_ref, weight_ref, *refs, tile, act, eps, offset, names):
     if act is not None:  # rounded between, as the plain layers round
         out_F = act(out_F.astype(jnp.float32)).astype(dtype) * products[1].astype(dtype)
     if "residual" in extras:
-        out_F = (out_F.astype(jnp.float32) + _load(extras["residual"].at[0, feature_F], live_F)).astype(dtype)
+        residual_F = _load(extras["residual"].at[0, feature_F], live_F).astype(jnp.float32)
+        out_F = (out_F.astype(jnp.float32) + residual_F).astype(dtype)
     plt.store(o_ref.at[0, feature_F], out_F, mask=live_F)
 
 
@@ -101,4 +119,4 @@ def _both(live_F, live_S, shape):
 
 
 def _load(ref, live):
-    return (plt.load(ref) if live is None else plt.load(ref, mask=live, other=0.0)).astype(jnp.float32)
+    return plt.load(ref) if live is None else plt.load(ref, mask=live, other=0.0)

@@ -3,9 +3,10 @@
     JAX_PLATFORMS=cpu python tests/aot_compile.py h200 JOB...
 
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
-a whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), and two
-planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its
-registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
+a whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one that is
+repeated ("again:portable"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a
+kernel with too many numbers for its registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if
+there are any.
 """
 
 import json
@@ -33,6 +34,7 @@ from jaxllm.batch import packed_size
 from jaxllm.cache import cache_shapes
 from jaxllm.decoder import Decoder
 from jaxllm.plan import Bucket, Plan
+from jaxllm.runner import REPEATED
 from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step
 from pallas_kernels import blocks
@@ -51,14 +53,14 @@ class Target:
         described = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
         self.mesh = topologies.make_mesh(topo=described, mesh_shape=(1,), axis_names=("tp",))
 
-    def compile(self, f: Callable, *args: Any, **jit: Any):
+    def compile(self, f: Callable, *args: Any, options: dict[str, Any] | None = None, **jit: Any):
         """The executable of `f` for `args`, and the text of its thunks: what is launched, with its shared memory."""
         here = NamedSharding(self.mesh, PartitionSpec())
         shaped = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=here), args)
         device = AbstractDevice(device_kind=self.kind, num_cores=None, platform="gpu")  # what Pallas-Triton asks for as it lowers
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), tempfile.TemporaryDirectory() as folder:
-            options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder}
-            compiled = jax.jit(f, compiler_options=options, **jit).trace(*shaped).lower().compile()
+            checks = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder}
+            compiled = jax.jit(f, compiler_options=checks | (options or {}), **jit).trace(*shaped).lower().compile()
             (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
             return compiled, thunks.read_text()
 
@@ -95,7 +97,7 @@ class AbstractWeights:
 
 
 def step(
-    target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True, rows: int = 64
+    target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True, rows: int = 64, steps: int = 1
 ) -> dict[str, Any]:
     """A whole step, as the engine runs it: two layers of Qwen2.5-0.5B's shape."""
     model = read_config(SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": 2, "vocab_size": 1024})
@@ -105,18 +107,19 @@ def step(
     graph, state = nnx.split(decoder)
     leaves, tree = jax.tree.flatten(state)
     bucket = Bucket(chunk, rows)
-    plan = Plan("bfloat16", 1024, 64, 2048, 64, (bucket,), Bucket(256, 1, True), False, 20, 1, kv_dtype=kv_dtype)
+    plan = Plan("bfloat16", 1024, 64, 2048, 64, (bucket,), Bucket(256, 1, True), False, 20, 1, decode_steps=steps, kv_dtype=kv_dtype)
     cache = cache_shapes(plan, model, here)
     ints = partial(Shape, dtype=jnp.int32)
 
     def run(leaves, *arrays):
         decoder = nnx.merge(graph, jax.tree.unflatten(tree, leaves))
-        return model_step(decoder, plan, target.mesh, implementation, bucket, *arrays[:-1])
+        return model_step(decoder, plan, target.mesh, implementation, bucket, *arrays)
 
-    ports = Ports.shapes(bucket.rows, model, plan.dtype)
+    ports = Ports.shapes(bucket.rows, model, plan)
     sampling = Shape((65, FLOATS), dtype=jnp.float32), ints((65, INTS))
     args = tuple(leaves), cache, ints((65,)), ints((65, plan.max_pages)), *sampling, ints((packed_size(bucket),)), ports
-    compiled, thunks = target.compile(run, *args, donate_argnums=(1, 2, 3, 7) if donate else (), keep_unused=True)
+    options = REPEATED if steps > 1 else {}
+    compiled, thunks = target.compile(run, *args, options=options, donate_argnums=(1, 2, 3, 7) if donate else (), keep_unused=True)
     memory: Any = compiled.memory_analysis()
     pages = cache[0][0]
     makers = re.findall(rf"= \w+\[{','.join(map(str, pages.shape))}\]\S* ([\w-]+)\(", str(compiled.as_text()))
@@ -146,6 +149,8 @@ def job(target: Target, name: str) -> dict[str, Any]:
             return step(target, rest, donate=False)
         if kind == "row":
             return step(target, rest, rows=1)
+        if kind == "again":
+            return step(target, rest, steps=4)
         if kind == "step":
             implementation, kv_dtype, chunk = (*rest.split(":"), "", "")[:3]
             return step(target, implementation, kv_dtype or None, int(chunk or 0))

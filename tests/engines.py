@@ -36,6 +36,7 @@ def make_plan(**changes) -> Plan:
         enable_prefix_caching=True,
         max_logprobs=5,
         tensor_parallel_size=1,
+        decode_steps=3,
     )
     return dataclasses.replace(plan, **changes)
 

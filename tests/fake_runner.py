@@ -63,11 +63,15 @@ class FakeRunner:
             mask = row.sequence.mask
             assert mask is None or not mask.changes or row.sequence.pending == row.samples, "a row ran before its last token was known"
             self._write(row)
-        tokens = [0] * step.bucket.rows
+        tokens = [[] for _ in range(step.bucket.rows)]
         for i, row in enumerate(step.rows):
-            seen = self._read(row)
-            if row.samples:
-                tokens[i] = self.last[row.slot] = choose(seen, self.vocab)
+            for again in range(row.samples):
+                if again:  # on the token just drawn
+                    self._remember(row, row.start + again, [self.last[row.slot]])
+                self.last[row.slot] = choose(self._read(row, (row.count if row.chunked else 1) + again), self.vocab)
+                tokens[i].append(self.last[row.slot])
+            if not row.samples:
+                self._read(row, row.count)
         prompt = None
         if step.bucket.scored:
             lanes = step.bucket.chunk
@@ -77,21 +81,25 @@ class FakeRunner:
     def _write(self, row) -> None:
         table = self.tables[row.slot]
         if row.new_page:
-            assert row.start == len(table) * self.page_size
+            assert row.start <= len(table) * self.page_size < row.start + row.count
             table.append(row.new_page)
         if row.chunked:
             tokens = row.sequence.tokens[row.start : row.start + row.count]
         else:
             tokens = [self.last[row.slot] if row.token is None else row.token]
-        assert len(tokens) == row.count
-        for place, token in enumerate(tokens, row.start):
+        assert len(tokens) == (row.count if row.chunked else 1) and (row.chunked or row.count == max(row.samples, 1))
+        self._remember(row, row.start, tokens)
+
+    def _remember(self, row, start: int, tokens: list[int]) -> None:
+        table = self.tables[row.slot]
+        for place, token in enumerate(tokens, start):
             before = self._at(row, place - 1)[1] if place else b""
             assert table[place // self.page_size] != 0, "a sequence writes to the trash page"
             self.memory[table[place // self.page_size], place % self.page_size] = before, history(before, token)
 
-    def _read(self, row) -> bytes:
+    def _read(self, row, count: int) -> bytes:
         seen = b""
-        for place in range(row.start + row.count):
+        for place in range(row.start + count):
             before, after = self._at(row, place)
             assert before == seen, f"position {place} of slot {row.slot} does not follow what is before it"
             seen = after

@@ -17,19 +17,19 @@ import pytest
 HERE = Path(__file__).parent
 WHEELS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-runtime")
 JOBS = {
-    "a100": ["portable:mixed", "portable:head_dim_256", "portable:fp8_page_16", "step:portable", "row:portable"],
+    "a100": ["portable:mixed", "portable:head_dim_256", "portable:fp8_page_16", "step:portable", "row:portable", "again:portable"],
     "l4": ["portable:mixed", "portable:head_dim_256", "portable:fp8"],
     "h200": [
         *("sm90:prefill", "sm90:mixed", "portable:sinks", "portable:fp8", "portable:decode_page_16", "portable:head_dim_8"),
         *("sm90:prefill_group_1", "sm90:prefill_group_3"),
-        *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "kept:portable", "spill"),
+        *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "again:portable", "kept:portable", "spill"),
     ],
     "b200": ["portable:mixed"],
 }
 KERNELS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job.startswith(("portable", "sm90"))]
 # Bytes stored and loaded: what the prefill keeps of its tile's numbers, and of the next one's, outside its loops.
 SPILLED = {"sm90:mixed": (16, 52), "sm90:prefill_group_1": (84, 124), "sm90:prefill_group_3": (16, 52)}
-STEPS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job.startswith(("step", "row"))]
+STEPS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job.startswith(("step", "row", "again"))]
 LAYER = {("a100", "row:portable"): 6, ("h200", "row:portable"): 6}  # kernels
 
 

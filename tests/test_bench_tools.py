@@ -185,7 +185,7 @@ def test_overlapping_events_are_counted_once():
 
 def test_steps_are_turned_and_waits_told_apart():
     """The engine's core over a runner without a network: so many turns are so many steps, and a step that waits is no host work."""
-    plan, runner = make_plan(), FakeRunner(4, 97)
+    plan, runner = make_plan(decode_steps=1), FakeRunner(4, 97)
 
     def run(step):
         handle = runner.run(step)

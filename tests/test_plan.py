@@ -65,6 +65,16 @@ def test_twenty_shapes_at_most_and_each_step_finds_one():
         assert made.largest.rows == made.max_num_seqs
 
 
+def test_small_models_decode_several_tokens_a_dispatch():
+    """As many as keep the device busy while the host makes the next one: their weights are read in less time than that takes."""
+    qwen_05b, qwen_3b = 988_000_000, 6_170_000_000
+    assert [make_plan(EngineConfig(), LLAMA, "bfloat16", H200, size).decode_steps for size in (qwen_05b, qwen_3b, WEIGHTS)] == [8, 1, 1]
+    assert plan(CPU, max_model_len=8192).decode_steps == 1
+    assert plan(num_scheduler_steps=5).decode_steps == 5
+    with pytest.raises(ConfigError, match=r"--num-scheduler-steps must be from 1 to --block-size, which is 16, but it is 17"):
+        plan(num_scheduler_steps=17, block_size=16)
+
+
 def test_enforce_eager_compiles_two_shapes():
     assert plan(enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=512).buckets == (Bucket(0, 16), Bucket(512, 16))
 

@@ -18,7 +18,7 @@ from jaxllm.scheduler import Scheduler, Sequence
 VOCAB, EOS = 50, frozenset({7})
 
 
-def make_plan(pages=12, rows=4, page_size=4, longest=40, chunk=8, small=4, prefix=True) -> Plan:
+def make_plan(pages=12, rows=4, page_size=4, longest=40, chunk=8, small=4, prefix=True, steps=1) -> Plan:
     buckets = {Bucket(0, r) for r in (1, 2, rows)} | {Bucket(c, r) for c in (small, chunk) for r in (1, rows)}
     return Plan(
         dtype="float32",
@@ -31,6 +31,7 @@ def make_plan(pages=12, rows=4, page_size=4, longest=40, chunk=8, small=4, prefi
         enable_prefix_caching=prefix,
         max_logprobs=5,
         tensor_parallel_size=1,
+        decode_steps=steps,
     )
 
 
@@ -76,9 +77,10 @@ class AnyOrder(RuleBasedStateMachine):
         small=st.integers(1, 6),
         prefix=st.booleans(),
         by_priority=st.booleans(),
+        steps=st.integers(1, 4),
     )
-    def start(self, pages, rows, size, small, prefix, by_priority):
-        self.plan = make_plan(pages=pages, rows=rows, page_size=size, longest=min(40, pages * size), chunk=8, small=small, prefix=prefix)
+    def start(self, pages, rows, size, small, prefix, by_priority, steps):
+        self.plan = make_plan(pages, rows, size, longest=min(40, pages * size), small=small, prefix=prefix, steps=min(steps, size))
         self.core = make_core(self.plan, by_priority=by_priority)
         self.asked: dict[str, tuple[Request, Listener]] = {}
 
@@ -230,6 +232,29 @@ def test_preemption_happens_and_changes_nothing():
     assert core.stats().preemptions > 0
     for i, listener in enumerate(listeners):
         assert listener.tokens[0] == expected((i, 1, 2), 33, VOCAB)
+
+
+def test_several_tokens_come_of_one_dispatch_when_nobody_waits():
+    """Counted in dispatches; the tokens are the oracle's whatever is repeated."""
+
+    def dispatches(steps: int, *asked: Request) -> int:
+        core = make_core(make_plan(pages=40, steps=steps))
+        listeners = [Listener() for _ in asked]
+        for each, listener in zip(asked, listeners, strict=True):
+            core.add(each, listener)
+        run_dry(core)
+        for each, listener in zip(asked, listeners, strict=True):
+            limit = len(each.prompt_token_ids) + (each.params.max_tokens or 0)
+            assert listener.tokens == [expected(each.prompt_token_ids, limit, VOCAB)]
+        return core._runner.steps  # pyright: ignore[reportAttributeAccessIssue]
+
+    long, short = (request(name, [1, 2, 3], ignore_eos=True, max_tokens=count) for name, count in (("long", 21), ("short", 8)))
+    assert dispatches(1, long) == 21
+    assert dispatches(4, long) == 6, "one for the prompt, then four tokens at a time"
+    assert dispatches(4, long, short) == 6, "a row that ends inside of one does not hold the others up"
+    assert dispatches(4, request("fits", [1], ignore_eos=True, max_tokens=4)) == 4, "nothing is repeated for fewer tokens than it gives"
+    assert dispatches(4, long, request("edited", [5], ignore_eos=True, max_tokens=21, min_tokens=2)) == 21
+    assert dispatches(4, *(request(f"r{i}", [i], ignore_eos=True, max_tokens=9) for i in range(6))) > 10, "some wait for a row"
 
 
 def test_a_shared_prefix_is_computed_once():

@@ -42,7 +42,7 @@ class Watched:
 def watched_answers(made: Runner, *requests: Request, **changes):
     """The logits of every sampled token, and the gathered outputs."""
     watched = Watched(made)
-    plan = make_plan(dtype=made.plan.dtype, **changes)
+    plan = make_plan(dtype=made.plan.dtype, decode_steps=1, **changes)  # logits of every token
     gathers = answer(Core(watched, plan, made.model.vocab_size, frozenset(), None, patch=made.patch), *requests)
     return watched.logits, gathers
 

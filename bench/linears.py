@@ -1,0 +1,239 @@
+"""Times the linear layers of a decode step on the GPU at hand, product by product: `python -m bench.linears [--tune] [--rows 1 8 64 256]`.
+
+Weights are cold: each call reads another copy, and all of them together are more than the second-level cache holds. A time is the median
+of a kernel's runs as JAX's profiler saw them, and beside it stands what reading the weights must take. Before it is timed, whatever is
+ours is compared with float64. `--tune` tries tiles for steps of one row and writes the fastest into the package's `tuning/linear/` folder;
+for more rows the tile in that folder is timed beside XLA's own product, and marked as compared.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import pallas_kernels
+from bench import record
+from bench.profile import spans
+from bench.workloads import MACHINES, SHAPES, Shape
+from pallas_kernels.blocks import file_name
+from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
+from pallas_kernels.matmul_one_row import Tile, linear
+from pallas_kernels.matmul_sm90 import Tile as ManyTile
+from pallas_kernels.matmul_sm90 import linear as many_rows_linear
+
+MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "llama-3.1-8b")
+COLD = 200e6  # bytes of weights between two reads of the same one
+RIGHT = 1e-2  # share of an error that rounding to bfloat16 explains
+WIDEST = 2**15  # weights of a turn: what registers hold
+CANDIDATES = [
+    Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
+    Tile(1, 2048, 2), Tile(1, 4096, 4), Tile(2, 2048, 4), Tile(2, 4096, 8), Tile(1, 8192, 8), Tile(2, 8192, 8), Tile(2, 1024, 2),
+    Tile(2, 1024, 4, True), Tile(2, 1024, 2, True), Tile(4, 512, 4, True), Tile(1, 2048, 4, True), Tile(2, 2048, 8, True),
+    Tile(8, 256, 4, True), Tile(4, 1024, 8, True), Tile(1, 1024, 2, True), Tile(2, 512, 2, True),
+]  # fmt: skip
+
+
+def products(model: str) -> dict[str, Product]:
+    """The four products of a layer: QKV, o, gate and up, down."""
+    shape = Shape.of(SHAPES[model])
+    assert shape is not None
+    heads = shape.heads * shape.head_dim
+    return {
+        "qkv": Product(heads + 2 * shape.kv_heads * shape.head_dim, shape.hidden),
+        "o": Product(shape.hidden, heads),
+        "gate_up": Product(shape.intermediate, shape.hidden, True),
+        "down": Product(shape.hidden, shape.intermediate),
+    }
+
+
+@dataclass(frozen=True)
+class Call:
+    """One product with what stands around it in a layer, and what it means in float64."""
+
+    product: Product
+    weights: list[jax.Array]
+    x: jax.Array
+    around: dict[str, jax.Array]  # a norm before, or a residual behind
+
+    @classmethod
+    def draw(cls, product: Product, name: str, rows: int) -> "Call":
+        key, size = jax.random.key(1), (product.features * (1 + product.gated), product.inputs)
+        copies = max(2, min(48, int(COLD / cls.bytes(product)) + 1))
+        weights = [jax.random.normal(jax.random.fold_in(key, i), size, jnp.bfloat16) * product.inputs**-0.5 for i in range(copies)]
+        x = jax.random.normal(jax.random.fold_in(key, 100), (rows, product.inputs), jnp.bfloat16)
+        if rows > 1:
+            return cls(product, weights, x, {})
+        if name in ("qkv", "gate_up"):
+            return cls(product, weights, x, {"norm_D": 1 + jax.random.normal(key, (product.inputs,), jnp.bfloat16) / 8})
+        return cls(product, weights, x, {"residual_1F": jax.random.normal(key, (1, product.features), jnp.bfloat16)})
+
+    def meant(self) -> np.ndarray:
+        x, weight = np.asarray(self.x, np.float64), np.asarray(self.weights[0], np.float64)
+        if "norm_D" in self.around:
+            x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * np.asarray(self.around["norm_D"], np.float64)
+        y = x @ weight.T
+        if self.product.gated:
+            gate, up = np.split(y, 2, axis=1)
+            y = gate / (1 + np.exp(-gate)) * up
+        return y + np.asarray(self.around.get("residual_1F", 0.0), np.float64)
+
+    @property
+    def act(self) -> Callable[[jax.Array], jax.Array] | None:
+        return jax.nn.silu if self.product.gated else None
+
+    @staticmethod
+    def bytes(product: Product) -> int:
+        return 2 * product.features * (1 + product.gated) * product.inputs
+
+
+def candidates(product: Product) -> list[Tile]:
+    """Tiles whose turn is no longer than the inputs and fits into registers."""
+    longest = 1 << (product.inputs - 1).bit_length()
+    halved = [Tile(max(1, t.features // 2), t.inputs, t.num_warps, t.ahead) if product.gated else t for t in CANDIDATES]
+    fitting = [t for t in halved if t.inputs <= longest and t.features * t.inputs * (1 + product.gated) <= WIDEST]
+    return list(dict.fromkeys(t for t in fitting if not t.ahead or t.inputs < product.inputs))
+
+
+def apart(found: Any, meant: np.ndarray) -> float:
+    return float(np.linalg.norm(np.asarray(found, np.float64) - meant) / np.linalg.norm(meant))
+
+
+def timed(calls: Sequence[Callable], call: Call) -> list[float]:
+    """Microseconds of each of `calls` on cold weights: the kernels of a run together, in the median of its runs."""
+    marks, rounds = [], 2
+    with tempfile.TemporaryDirectory() as folder:
+        jax.profiler.start_trace(folder)
+        for _ in range(rounds):
+            for i, run in enumerate(calls):
+                for weight in call.weights:
+                    out = run(call.x, weight, call.around)
+                    marks.append(i)
+            jax.block_until_ready(out)
+        jax.profiler.stop_trace()
+        kernels = sorted(
+            (s for s in spans(Path(folder)) if s.plane.startswith("/device:GPU") and "Stream" in s.line), key=lambda s: s.start
+        )
+    per_run = len(kernels) / len(marks)
+    if per_run != int(per_run):
+        raise SystemExit(f"{len(kernels)} kernels ran in {len(marks)} runs: give each call the same number of kernels")
+    found = defaultdict(list)
+    for place, i in enumerate(marks):
+        found[i].append(sum(s.duration for s in kernels[place * int(per_run) : (place + 1) * int(per_run)]))
+    return [median(found[i]) for i in range(len(calls))]
+
+
+def compiled(call: Call, run: Callable) -> Callable:
+    return jax.jit(run).lower(call.x, call.weights[0], call.around).compile()
+
+
+def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
+    """The fastest tile of one row, as the tuning file has it."""
+    used = one_row_tile(kind, product)
+    call, tiles = Call.draw(product, name, 1), list(dict.fromkeys([used, *candidates(product)]))
+
+    def made(tile: Tile) -> Callable:
+        return compiled(call, lambda x, weight, around: linear(x, weight, tile=tile, act=call.act, eps=1e-6, **around))
+
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(made, tiles))
+    meant = call.meant()
+    if wrong := [t for t, run in zip(tiles, runs, strict=True) if not apart(run(call.x, call.weights[0], call.around), meant) < RIGHT]:
+        raise SystemExit(f"{product}: these tiles compute something else: {wrong}")
+    times = timed(runs, call)
+    order = sorted(range(len(tiles)), key=lambda i: times[i])
+    reading = 1e6 * Call.bytes(product) / MACHINES[kind].read
+    print(f"{name:8} {product}: in use {astuple(used)} {times[0]:.2f} us; reading {reading:.2f}; tried:")
+    print("         " + ", ".join(f"{astuple(tiles[i])} {times[i]:.2f}" for i in order[:8]), flush=True)
+    return tuned(product, 1, tiles[order[0]], times[order[0]])
+
+
+def compare(kind: str, model: str, name: str, product: Product, rows: int) -> tuple[list[record.Row], dict[str, Any] | None]:
+    """What is in use for so many rows, and XLA's product, as rows; and the tuning file's row, if that is one of it."""
+    call, floor = Call.draw(product, name, rows), record.rounded(1e6 * Call.bytes(product) / MACHINES[kind].read)
+    common = {"model": model, "product": name, "batch": rows, "dtype": "bfloat16", "tp": 1, "limit": floor}
+    runs = {"xla": compiled(call, lambda x, weight, around: jnp.einsum("nd,fd->nf", x, weight))}
+    tile = many_rows_tile(kind, rows, product, trial=True) if rows > 1 else one_row_tile(kind, product)
+    if tile is not None:
+        runs["ours"] = compiled(call, partial(_ours, tile, call.act))
+        if (error := apart(runs["ours"](call.x, call.weights[0], call.around), call.meant())) > RIGHT:
+            raise SystemExit(f"{name} of {model}, {rows} rows: {tile} computes something else, {error:.2g} of it")
+    found = [
+        {"name": "linear_us", "value": record.rounded(timed([run], call)[0]), "unit": "us", "by": by} | common for by, run in runs.items()
+    ]
+    for row in found:
+        print(f"{name:8} {row['by']:5}", record.describe(row), flush=True)
+    lines = {8: 8, 64: 64, 256: 256}.get(rows)
+    return found, tuned(product, lines, tile, found[-1]["value"]) if tile is not None and lines else None
+
+
+def _ours(tile: Tile | ManyTile, act, x, weight, around):
+    if isinstance(tile, Tile):
+        return linear(x, weight, tile=tile, act=act, eps=1e-6, **around)
+    return many_rows_linear(x, weight, tile=tile, act=act)
+
+
+def tuned(product: Product, rows: int, tile: Tile | ManyTile, us: float) -> dict[str, Any]:
+    """A row of the tuning file."""
+    row = {"rows": rows, "features": product.features, "inputs": product.inputs, "gated": product.gated}
+    return row | {"tile": [int(n) for n in astuple(tile)], "us": round(us, 2), "compared": True}
+
+
+def write(kind: str, rows: list[dict[str, Any]], folder: Path) -> Path:
+    """Puts rows into the device's tuning file, in place of those of the same rows and product."""
+    path = folder / file_name(kind)
+    head = {"device": kind, "tile": "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks"}
+    head["compared"] = "with float32 or more on a GPU; no engine takes the others"
+    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["rows"], row["inputs"], row["features"], row["gated"]
+
+    merged = {key(row): row for row in (*kept, *rows)}
+    lines = ",\n".join("    " + json.dumps(merged[k]) for k in sorted(merged))
+    path.write_text(json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "rows": [\n{lines}\n  ]\n}}\n')
+    return path
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog="python -m bench.linears", description=(__doc__ or "").partition("\n")[0])
+    made.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    made.add_argument("--rows", nargs="*", type=int, default=[1, 8, 64, 256], help="rows of the steps that are timed")
+    made.add_argument("--tune", action="store_true", help="first find the tiles of steps of one row, and write them into the package")
+    made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
+    return made
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    args, device = parser().parse_args(argv), jax.devices()[0]
+    if device.platform != "gpu" or device.device_kind not in MACHINES:
+        raise SystemExit(
+            f"this times kernels of an NVIDIA GPU whose limits are known ({', '.join(MACHINES)}), and here is {device.device_kind}"
+        )
+    kind, folder = device.device_kind, Path(pallas_kernels.__file__).parent / "tuning" / "linear"
+    if args.tune:
+        found = [tune(kind, name, product) for model in args.model for name, product in products(model).items()]
+        print(f"written: {write(kind, found, folder)}; the next process takes them")
+        return
+    command = record.command("python -m bench.linears", argv, args.results)
+    for model in args.model:
+        for count in args.rows:
+            made = [compare(kind, model, name, product, count) for name, product in products(model).items()]
+            record.save("linears", kind, command, [row for rows, _ in made for row in rows], args.results)
+            write(kind, [row for _, row in made if row is not None], folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The bench of the linear layers, without its clock: what it tries, what it refuses, what it writes."""
+
+import json
+from functools import partial
+
+import jax.numpy as jnp
+import pytest
+
+from bench import linears
+from pallas_kernels import matmul
+from pallas_kernels.matmul import Product, one_row_tile
+from pallas_kernels.matmul_one_row import Tile, linear
+from pallas_kernels.matmul_sm90 import Tile as ManyTile
+from pallas_kernels.matmul_sm90 import linear as many_rows
+
+SMALL = Product(24, 96, True)
+
+
+def test_products_are_those_of_the_shapes():
+    assert linears.products("qwen2.5-0.5b") == {
+        "qkv": Product(1152, 896), "o": Product(896, 896), "gate_up": Product(4864, 896, True), "down": Product(896, 4864)
+    }  # fmt: skip
+    assert linears.products("llama-3.1-8b")["qkv"] == Product(6144, 4096)
+
+
+@pytest.mark.parametrize("product", [p for model in linears.MODELS for p in linears.products(model).values()], ids=str)
+def test_every_tile_that_is_tried_fits_into_registers(product):
+    tiles = linears.candidates(product)
+    assert len(tiles) >= 8 and len(set(tiles)) == len(tiles)
+    assert all(t.features * t.inputs * (1 + product.gated) <= linears.WIDEST and t.inputs < 2 * product.inputs for t in tiles)
+
+
+@pytest.fixture
+def untimed(monkeypatch):
+    """Interpreted kernels, of which the third, behind the one in use, is the fastest."""
+    monkeypatch.setattr(linears, "linear", partial(linear, interpret=True))
+    monkeypatch.setattr(linears, "candidates", lambda product: [Tile(2, 128, 4), Tile(4, 32, 4, True)])
+    monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 4.0, 2.0][: len(runs)])
+    monkeypatch.setattr(linears, "COLD", 1e4)
+
+
+def test_the_fastest_tile_is_written_and_taken(untimed, monkeypatch, tmp_path):
+    row = linears.tune("NVIDIA H200", "gate_up", SMALL)
+    assert row == {"rows": 1, "features": 24, "inputs": 96, "gated": True, "tile": [4, 32, 4, 1], "us": 2.0, "compared": True}
+    folder = tmp_path / "tuning" / "linear"
+    folder.mkdir(parents=True)
+    path = linears.write("NVIDIA H200", [row | {"us": 9.0}], folder)
+    linears.write("NVIDIA H200", [row], folder)
+    assert json.loads(path.read_text())["rows"] == [row], "a new row replaces the old one of its product"
+    monkeypatch.setattr(matmul, "files", lambda package: tmp_path)
+    matmul._measured.cache_clear()
+    try:
+        assert one_row_tile("NVIDIA H200", SMALL) == Tile(4, 32, 4, True)
+        assert one_row_tile("NVIDIA H100", SMALL) != Tile(4, 32, 4, True)
+    finally:
+        matmul._measured.cache_clear()
+
+
+def test_a_tile_that_computes_something_else_is_refused(untimed, monkeypatch):
+    monkeypatch.setattr(
+        linears, "linear", lambda *args, tile, **options: linear(*args, tile=tile, interpret=True, **options) * (1 + tile.ahead)
+    )
+    with pytest.raises(SystemExit, match=r"these tiles compute something else: \[Tile\(features=4"):
+        linears.tune("NVIDIA H200", "gate_up", SMALL)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_what_is_in_use_is_compared_and_then_timed_beside_xlas(rows, untimed, monkeypatch):
+    monkeypatch.setattr(linears, "many_rows_linear", partial(many_rows, interpret=True))
+    monkeypatch.setattr(linears, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
+    product = Product(16, 128)
+    found, row = linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
+    assert [(each["by"], each["batch"], each["value"]) for each in found] == [("xla", rows, 3.0), ("ours", rows, 3.0)]
+    assert row == (None if rows == 1 else linears.tuned(product, 8, ManyTile(8, 64), 3.0))
+    monkeypatch.setattr(linears, "_ours", lambda tile, act, x, weight, around: jnp.zeros((rows, 16)))
+    with pytest.raises(SystemExit, match=f"{rows} rows: .* computes something else"):
+        linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
+
+
+def test_it_wants_a_gpu_whose_limits_are_known():
+    with pytest.raises(SystemExit, match="kernels of an NVIDIA GPU whose limits are known"):
+        linears.main([])
