@@ -13,12 +13,13 @@ import chores
 import words
 from tools import CITIES, SYSTEMS, call
 
+Dialogue = tuple[list[dict], list[dict]]  # messages, tools
 Rename = Callable[[str, dict], str]  # (name, what the schema says of it): the other name
 
 # --- real dialogues, rewritten
 
 
-def rewritten(messages: list[dict], offered: list[dict], function: Rename, key: Rename, random: Random, drop: float = 0.0):
+def rewritten(messages: list[dict], offered: list[dict], function: Rename, key: Rename, random: Random, drop: float = 0.0) -> Dialogue:
     """(messages, tools) under other names, listed in another order. With `drop`, each optional parameter is gone with that probability,
     and a call's arguments come in the order of its schema."""
     kept: dict[str, dict[str, str]] = {}  # of each function, by its old name: its parameters' old and new names
@@ -46,14 +47,14 @@ def rewritten(messages: list[dict], offered: list[dict], function: Rename, key: 
     return [m | {"tool_calls": [made(c) for c in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages], listed
 
 
-def respelled(messages: list[dict], offered: list[dict], random: Random):
+def respelled(messages: list[dict], offered: list[dict], random: Random) -> Dialogue:
     """The same names in another spelling, or as they are."""
     name = random.choice([_same, _same, snake, camel])
     key = random.choice([_same, _same, camel]) if name is not _same else _same
     return rewritten(messages, offered, lambda old, _: name(old), lambda old, _: key(old), random)
 
 
-def renamed(messages: list[dict], offered: list[dict], random: Random):
+def renamed(messages: list[dict], offered: list[dict], random: Random) -> Dialogue:
     """Other names, made from the words of the descriptions. A parameter has one name in the whole dialogue, in the tools' answers, too."""
     name, key = random.choice([(pascal, snake), (pascal, snake), (snake, snake), (camel, camel), (snake, camel)])
     keys: dict[str, str] = {}
@@ -255,7 +256,7 @@ def _turn(does: str, keys: dict[str, str], tool: dict, random: Random, number: i
     ]
 
 
-def make(random: Random) -> tuple[list[dict], list[dict]]:
+def make(random: Random) -> Dialogue:
     """(messages, tools): one to three turns over one to six tools that exist nowhere."""
     offered = {
         t["function"]["name"]: (does, keys, t) for does, keys, t in (_tool(random) for _ in range(random.choice([1, 2, 2, 3, 4, 5, 6])))
