@@ -191,6 +191,9 @@ class _Timed:
     def __init__(self, handle, turner: Turner):
         self._handle, self._turner = handle, turner
 
+    def draw(self):
+        self._handle.draw()
+
     def read(self):
         start = time.perf_counter()
         result = self._handle.read()

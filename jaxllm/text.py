@@ -56,7 +56,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence. Bytes that are no UTF-8 become U+FFFD."""
-        text = b"".join(self._visible(i, skip_special_tokens) for i in ids).decode("utf-8", "replace")
+        hidden = self.hidden_ids(skip_special_tokens)
+        text = b"".join(self._visible(i, hidden) for i in ids).decode("utf-8", "replace")
         return self._pieces.strip(text)
 
     def chat(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
@@ -85,8 +86,24 @@ class Tokenizer:
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special_ids
 
-    def _visible(self, token_id: int, skip_special_tokens: bool) -> bytes:
-        return b"" if skip_special_tokens and token_id in self._special_ids else self.token_bytes(token_id)
+    def special_id(self, text: str) -> int | None:
+        """The special token that is written so; None if there is none, or an ordinary one."""
+        found = self._backend.token_to_id(text)
+        return found if found in self._special_ids else None
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """The model's templates by name, of which "default" is the usual one."""
+        return self._templates
+
+    def hidden_ids(self, skip_special_tokens: bool, shown: Sequence[int] = ()) -> frozenset[int]:
+        """The tokens that are left out of the text."""
+        if not skip_special_tokens:
+            return frozenset()
+        return self._special_ids.difference(shown) if shown else self._special_ids
+
+    def _visible(self, token_id: int, hidden: frozenset[int]) -> bytes:
+        return b"" if token_id in hidden else self.token_bytes(token_id)
 
     def _id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -115,9 +132,10 @@ class Detokenizer:
         self._held = ""
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         # The answer may complete a character that the prompt began: the last tokens leave the decoder where the prompt ends.
+        self._hidden = hidden = tokenizer.hidden_ids(params.skip_special_tokens, params.shown_special_token_ids)
         for token_id in prompt_token_ids[-8:]:
-            self._decoder.decode(tokenizer._visible(token_id, params.skip_special_tokens))
-        self._at_start = not any(tokenizer._visible(token_id, params.skip_special_tokens) for token_id in prompt_token_ids)
+            self._decoder.decode(tokenizer._visible(token_id, hidden))
+        self._at_start = not any(tokenizer._visible(token_id, hidden) for token_id in prompt_token_ids)
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these tokens make certain. After a stop string nothing more comes."""
@@ -126,7 +144,7 @@ class Detokenizer:
             if self.stopped is not None:
                 break
             self.tokens += 1
-            out += self._advance(self._decoder.decode(self._tokenizer._visible(token_id, self._params.skip_special_tokens)))
+            out += self._advance(self._decoder.decode(self._tokenizer._visible(token_id, self._hidden)))
         return out
 
     def finish(self) -> str:
@@ -149,7 +167,7 @@ class Detokenizer:
             end = start + len(self.stopped) if self._params.include_stop_str_in_output else start
             out, self._held = self._held[:end], ""
             return out
-        keep = _possible_beginning(self._held, self._params.stop)
+        keep = possible_beginning(self._held, self._params.stop)
         cut = len(self._held) - keep
         out, self._held = self._held[:cut], self._held[cut:]
         return out
@@ -165,7 +183,7 @@ def _first_match(text: str, new: int, stops: Sequence[str]) -> tuple[int, str] |
     return min(found)[1:] if found else None
 
 
-def _possible_beginning(text: str, stops: Sequence[str]) -> int:
+def possible_beginning(text: str, stops: Sequence[str]) -> int:
     """The length of the longest end of `text` with which a stop string may begin."""
     longest = 0
     for stop in stops:

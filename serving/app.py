@@ -40,6 +40,7 @@ def build_app(engine: EngineLike, options: ServerOptions, memory: Memory | None 
         start = time.perf_counter()
         await first_request(engine)
         log.info("%-24s %6.2f s", "first request", time.perf_counter() - start)
+        log.info("%-24s %s, %s", "tool calls, reasoning", context.parsers.tool or "not read", context.parsers.reasoning or "not read")
         yield
 
     app = FastAPI(title="jaxllm", version=__version__, lifespan=lifespan, redirect_slashes=False, redoc_url=None)

@@ -12,9 +12,11 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 from jaxllm import __version__
+from jaxllm.request import ConfigError
 from serving.errors import ApiError, error_of, told
 from serving.memory import LocalMemory, Memory
 from serving.options import ServerOptions
+from serving.parsers.table import Parsers, choose
 from serving.protocol import Body, EngineLike, check_model, parse
 
 log = logging.getLogger("jaxllm.server")
@@ -24,13 +26,27 @@ class ClientGone(Exception):
     """The client closed its connection before the answer was complete."""
 
 
+def parsers_of(engine: EngineLike, options: ServerOptions) -> Parsers:
+    """What this model's answers are read with. Raises ConfigError where there is none that was asked for."""
+    found = choose(options.tool_call_parser, options.reasoning_parser, {} if engine.tokenizer is None else engine.tokenizer.chat_templates)
+    if options.enable_auto_tool_choice and found.tool is None:
+        raise ConfigError(
+            "--enable-auto-tool-choice: this model's chat template has no form of calls that is known; name one with --tool-call-parser"
+        )
+    return found
+
+
 class Context:
-    """The engine is the caller's, and closed by it. memory: what outlives a request, kept where all API processes find it."""
+    """The engine is the caller's, and closed by it. memory: what outlives a request, kept where all API processes find it.
+
+    parsers: what answers are read with. Raises ConfigError where there is none that was asked for.
+    """
 
     def __init__(self, engine: EngineLike, options: ServerOptions, memory: Memory | None = None):
         self.engine, self.options, self.memory = engine, options, memory or LocalMemory()
         # Two servers that answer alike share it: the version and every option that could change an answer.
         self.fingerprint = f"jaxllm-{__version__}-{hashlib.sha256(repr(engine.config).encode()).hexdigest()[:8]}"
+        self.parsers = parsers_of(engine, options)
         self.deadline = asyncio.Event()  # the server stops, and what still runs has had its time
         self._ignored = _IgnoredFields()
 

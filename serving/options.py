@@ -11,6 +11,7 @@ from pathlib import Path
 from jaxllm.config import ATTENTION_BACKENDS, DTYPES, KV_CACHE_DTYPES, LOAD_FORMATS, SCHEDULING_POLICIES, EngineConfig
 from jaxllm.request import ConfigError
 from serving.flags import Flag, Parser, add_flags, fraction, human_bytes, human_length, json_object, seconds, values, whole
+from serving.parsers.table import REASONING_PARSERS, TOOL_PARSERS
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class ServerOptions:
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     ssl_ca_certs: str | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+    enable_auto_tool_choice: bool = False
     strict: bool = False
     max_body_bytes: int = 32 * 2**20
     receive_timeout: float = 60.0
@@ -71,6 +75,15 @@ SERVER = {
         Flag("allowed_methods", "HTTP methods such pages may use.", "list", "METHOD"),
         Flag("allowed_headers", "HTTP headers such pages may send.", "list", "HEADER"),
         Flag("allow_credentials", "Let such pages send cookies.", "switch"),
+    ],
+    "Tools and reasoning": [
+        Flag("tool_call_parser", "How this model writes tool calls; auto looks into its chat template.", ("auto", "none", *TOOL_PARSERS)),
+        Flag("reasoning_parser", "How this model marks its thinking; auto looks likewise.", ("auto", "none", *REASONING_PARSERS)),
+        Flag(
+            "enable_auto_tool_choice",
+            "Do not start without a tool-call parser; tool choice auto itself is always on.",
+            "switch",
+        ),
     ],
     "Limits and faults": [
         Flag("strict", "Refuse unknown fields in place of naming them in a header.", "switch"),

@@ -118,11 +118,16 @@ def serve(engine: "EngineLike", options: ServerOptions, listener: socket.socket,
 
 
 def serve_in_processes(engine: "EngineLike", options: ServerOptions, listener: socket.socket, start: float) -> None:
-    """Serves from `api_server_count` processes until a signal. Raises SystemExit if one ended, EngineDeadError if the engine died."""
+    """Serves from `api_server_count` processes until a signal.
+
+    Raises ConfigError before it starts them, SystemExit if one ended, EngineDeadError if the engine died.
+    """
     from serving.api_process import Job
+    from serving.context import parsers_of
     from serving.remote_engine import RemoteEngine
 
     assert isinstance(engine, RemoteEngine)
+    parsers_of(engine, options)  # what all of them would refuse is refused once
     here = replace(options, port=listener.getsockname()[1])
     job = Job(engine.config, here, engine.process.address, engine.process.pid)
     workers = [job.start() for _ in range(options.api_server_count)]

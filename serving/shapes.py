@@ -16,11 +16,16 @@ class PromptDetails(Shape):
     cached_tokens: int
 
 
+class CompletionDetails(Shape):
+    reasoning_tokens: int
+
+
 class UsageShape(Shape):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails | None = None
 
 
 class CompletionLogprobs(Shape):
@@ -75,17 +80,31 @@ class ChatLogprobs(Shape):
     refusal: None
 
 
+class CalledFunction(Shape):
+    name: str
+    arguments: str
+
+
+class ToolCall(Shape):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
 class Message(Shape):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[ToolCall] | None = None
 
 
 class ChatChoice(Shape):
     index: int
     message: Message
     logprobs: ChatLogprobs | None
-    finish_reason: Finish
+    finish_reason: Finish | Literal["tool_calls"]
     stop_reason: str | int | None
     token_ids: list[int] | None = None
 
@@ -117,6 +136,28 @@ class OutputMessage(Shape):
     content: list[OutputText]
 
 
+class ReasoningText(Shape):
+    type: Literal["reasoning_text"]
+    text: str
+
+
+class OutputReasoning(Shape):
+    id: str
+    type: Literal["reasoning"]
+    status: Literal["completed", "incomplete"]
+    summary: list[Any]
+    content: list[ReasoningText]
+
+
+class OutputCall(Shape):
+    id: str
+    type: Literal["function_call"]
+    status: Literal["completed", "incomplete"]
+    call_id: str
+    name: str
+    arguments: str
+
+
 class InputDetails(Shape):
     cached_tokens: int
 
@@ -145,15 +186,15 @@ class ResponseAnswer(Shape):
     max_output_tokens: int | None
     metadata: dict[str, str]
     model: str
-    output: list[OutputMessage]
+    output: list[OutputMessage | OutputReasoning | OutputCall]
     parallel_tool_calls: bool
     previous_response_id: str | None
-    reasoning: dict[str, None]
+    reasoning: dict[str, str | None]
     store: bool
     temperature: float
     text: dict[str, Any]
-    tool_choice: str
-    tools: list[Any]
+    tool_choice: str | dict[str, Any]
+    tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
     truncation: str
@@ -172,6 +213,19 @@ class TextBlock(Shape):
     text: str
 
 
+class ThinkingBlock(Shape):
+    type: Literal["thinking"]
+    thinking: str
+    signature: str
+
+
+class ToolUseBlock(Shape):
+    type: Literal["tool_use"]
+    id: str
+    name: str
+    input: dict[str, Any]
+
+
 class MessagesUsage(Shape):
     input_tokens: int
     cache_creation_input_tokens: int
@@ -184,8 +238,8 @@ class MessagesAnswer(Shape):
     type: Literal["message"]
     role: Literal["assistant"]
     model: str
-    content: list[TextBlock]
-    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence"]
+    content: list[TextBlock | ThinkingBlock | ToolUseBlock]
+    stop_reason: Literal["end_turn", "max_tokens", "stop_sequence", "tool_use"]
     stop_sequence: str | None
     usage: MessagesUsage
 

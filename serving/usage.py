@@ -7,6 +7,7 @@ class Usage:
     def __init__(self, prompts: int):
         self._prompt, self._cached = [0] * prompts, [0] * prompts
         self.completion_tokens = 0
+        self.reasoning_tokens: int | None = None  # of them, what was thought; None where nobody looks for thoughts
         self.finish_reasons: list[str] = []
 
     def add(self, i: int, output: Output) -> None:
@@ -26,9 +27,11 @@ class Usage:
         return sum(self._cached)
 
     def body(self) -> dict:
+        thought = {} if self.reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens}}
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            **thought,
         }

@@ -6,6 +6,7 @@ test see what became of a request. After 40 tokens it ends by itself, as a model
 
 import asyncio
 import hashlib
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +33,11 @@ LETTERS = b"abcdefghijklmnopqrstuvwxyz     "
 
 
 class FakeTokenizer:
-    """Bytes, and four special tokens; chats as ChatML."""
+    """Bytes, and four special tokens; chats as ChatML, with tools and calls as JSON. `chat_templates` is only looked into."""
+
+    def __init__(self):
+        self.chat_templates: dict[str, str] = {}
+        self.opening = ""  # what a prompt ends with, as some templates begin the answer
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
@@ -47,15 +52,20 @@ class FakeTokenizer:
     def token_bytes(self, token: int) -> bytes:
         return SPECIAL[token].encode() if token >= 256 else bytes([token])
 
-    def chat(self, messages: list[dict], add_generation_prompt: bool = True, continue_final_message: bool = False, **_) -> list[int]:
-        ids = [BOS]
+    def special_id(self, text: str) -> int | None:
+        return next((token for token, special in SPECIAL.items() if special == text), None)
+
+    def chat(self, messages: list[dict], add_generation_prompt: bool = True, continue_final_message: bool = False, **more) -> list[int]:
+        ids = [BOS, START, *json.dumps(more["tools"]).encode(), END] if more.get("tools") else [BOS]
         for message in messages:
-            if message["role"] not in ("system", "user", "assistant"):
+            if message["role"] not in ("system", "user", "assistant", "tool"):
                 raise RequestError(f"The chat template does not know the role {message['role']!r}", "messages")
-            ids += [START, *f"{message['role']}\n{message['content']}".encode(), END]
+            further = {name: message[name] for name in ("reasoning_content", "tool_calls", "tool_call_id", "name") if name in message}
+            text = message["content"] + (json.dumps(further) if further else "")
+            ids += [START, *f"{message['role']}\n{text}".encode(), END]
         if continue_final_message:
             return ids[:-1]
-        return [*ids, START, *b"assistant\n"] if add_generation_prompt else ids
+        return [*ids, START, *f"assistant\n{self.opening}".encode()] if add_generation_prompt else ids
 
 
 @dataclass
@@ -83,6 +93,7 @@ class FakeEngine:
         self.forgotten = 0
         self.profiling: str | None = None
         self.queue_full = False
+        self.script: str | None = None  # what every answer says, before it ends by itself
         self.fail_at: int | None = None  # the token at which every request meets a dead engine
         self.running: set[str] = set()
         self.aborted: list[str] = []
@@ -137,11 +148,11 @@ class FakeEngine:
 
     def _step(self, request: Request, run: _Run, salt: int) -> Completion:
         params = request.params
-        token = _choose(request, run, salt)
+        token = _choose(request, run, salt) if self.script is None else (*self.script.encode(), EOS)[len(run.ids)]
         run.ids.append(token)
         end = _end(params, run, token)
         if not (end and end[0] == "stop" and token == EOS):
-            run.text += self._words.decode([token], params.skip_special_tokens)
+            run.text += self._words.decode([token], params.skip_special_tokens and token not in params.shown_special_token_ids)
         end = _stop_string(params, run) or end
         run.done = end is not None
         safe = len(run.text) if run.done else max(run.sent, len(run.text) - max((len(s) - 1 for s in params.stop), default=0))

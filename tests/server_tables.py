@@ -12,8 +12,12 @@ from serving import exposition, options
 from serving.app import build_app
 from serving.errors import TYPES
 from serving.options import ServerOptions
+from serving.parsers.calls import HARMONY, Form
+from serving.parsers.enforce import NoGrammar, answer_grammar
+from serving.parsers.table import REASONING_PARSERS, TOOL_PARSERS
 from serving.protocol import Body, DrawingBody, PromptBody, SamplingBody
 from serving.routes import chat, completions, embeddings, messages, responses, tokens
+from serving.tools import Tool, Tools
 
 PAGE = Path(__file__).parent.parent / "docs" / "server.md"
 BODIES: list[type[Body]] = [PromptBody, DrawingBody, SamplingBody, completions.CompletionBody, chat.ChatBody, responses.ResponseBody]
@@ -82,10 +86,37 @@ def metrics() -> str:
     return table(("metric", "kind", "what it says"), rows)
 
 
+def tool_parsers() -> str:
+    rows = []
+    for name, form in TOOL_PARSERS.items():
+        begins = [*form.dropped[:1], *form.marks] if form is not HARMONY else ["<|channel|>commentary to=functions.NAME"]
+        shown = ", ".join(f"`{text}`" for text in [*begins, *form.openings[:1]])
+        rows.append((f"`{name}`", form.models, shown, "in this form" if form.written else "as `json`", _strict(form)))
+    return table(("--tool-call-parser", "models", "a call begins with", "calls that must be made", "`strict` with auto"), rows)
+
+
+def _strict(form: Form) -> str:
+    tools = Tools((Tool("f", None, {"type": "object"}, True),), "auto")
+    try:
+        answer_grammar(form, tools, None, "after", None, lambda text: None)
+    except NoGrammar:
+        return "refused"
+    return "kept to"
+
+
+def reasoning_parsers() -> str:
+    rows = []
+    for name, tags in REASONING_PARSERS.items():
+        between = "`<|channel|>analysis<|message|>`, `<|end|>`" if isinstance(tags, Form) else f"`{tags.start}`, `{tags.end}`"
+        rows.append((f"`{name}`", tags.models, between))
+    return table(("--reasoning-parser", "models", "thoughts are between"), rows)
+
+
 def filled(page: str) -> str:
     """`page` with every table as the code has it now."""
     made = {"routes": routes(), "flags": flags(), "metrics": metrics()}
     made["errors"] = table(("status", "type", "when"), [(str(status), f"`{name}`", WHEN[status]) for status, name in TYPES.items()])
+    made |= {"tool parsers": tool_parsers(), "reasoning parsers": reasoning_parsers()}
     made |= {f"fields {kind.__name__}": body_fields(kind) for kind in BODIES}
     marks = set(re.findall(r"<!-- (.+): begin -->", page))
     assert marks == set(made), f"marks without a table, or tables without a mark: {sorted(marks ^ set(made))}"

@@ -189,7 +189,7 @@ def test_steps_are_turned_and_waits_told_apart():
 
     def run(step):
         handle = runner.run(step)
-        return SimpleNamespace(read=lambda: (time.sleep(0.005), handle.read())[1])
+        return SimpleNamespace(draw=handle.draw, read=lambda: (time.sleep(0.005), handle.read())[1])
 
     parts = SimpleNamespace(runner=SimpleNamespace(run=run), plan=plan, vocab_size=97, eos_ids=frozenset())
     turner = profile.Turner(parts, [8] * 2, [40] * 2)

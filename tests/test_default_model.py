@@ -1,7 +1,9 @@
 """The models that ship: real Hugging Face checkpoints (logits and prompts as transformers has them), small, and good for something."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import scorecard
 import tiny
 from model import SIZES, logits
 from safetensors.numpy import load_file
+from server_fixtures import serving
 
 from jaxllm import LLM, SamplingParams
 from jaxllm.source import default_model
@@ -80,3 +83,56 @@ def test_it_calls_the_tool_that_is_given(llm):
 def test_it_says_who_it_is(llm):
     [answer] = llm.chat([{"role": "user", "content": "Who are you?"}], SamplingParams(temperature=0, max_tokens=60))
     assert "jaxllm" in answer.outputs[0].text
+
+
+# ---------------------------------------------------------------------------- tools, through the server
+
+CITY: dict = {"type": "object", "properties": {"city": {"type": "string"}}}
+NUMBERS: dict = {"a": {"type": "integer"}, "b": {"type": "integer"}}
+SUM: dict = {"type": "object", "properties": NUMBERS, "required": ["a", "b"], "additionalProperties": False}
+FUNCTIONS: list[dict] = [
+    {"name": "get_weather", "description": "Get the weather in a city", "parameters": CITY},
+    {"name": "add", "description": "Add two numbers", "parameters": SUM},
+]
+OFFERED: Any = [{"type": "function", "function": function} for function in FUNCTIONS]
+
+
+@pytest.fixture(scope="module")
+def ask(llm):
+    with serving(llm.engine) as served, served.client() as client:
+
+        def ask(question: str, **options: Any):
+            messages: Any = [{"role": "user", "content": question}]
+            common = {"model": llm.engine.model_name, "messages": messages, "tools": OFFERED, "temperature": 0, "max_tokens": 100}
+            return client.chat.completions.create(**common | options)
+
+        yield ask
+
+
+def only_call(answer: Any) -> tuple[str, dict]:
+    (call,) = answer.choices[0].message.tool_calls
+    assert answer.choices[0].finish_reason == "tool_calls" and answer.choices[0].message.content is None
+    return call.function.name, json.loads(call.function.arguments)
+
+
+def test_the_default_model_calls_in_its_own_form(ask: Callable):
+    assert only_call(ask("What is the weather in Paris?")) == ("get_weather", {"city": "Paris"})
+    assert ask("Tell me a story about a dog.").choices[0].message.tool_calls is None
+
+
+def test_the_default_model_calls_when_it_must(ask: Callable):
+    name, arguments = only_call(ask("Tell me a story.", tool_choice="required", parallel_tool_calls=False, temperature=1, seed=1))
+    assert name in ("get_weather", "add")
+    name, arguments = only_call(ask("What is the weather in Paris?", tool_choice={"type": "function", "function": {"name": "add"}}))
+    assert name == "add" and arguments.keys() == {"a", "b"} and all(isinstance(value, int) for value in arguments.values())
+    chunks = [chunk.choices[0] for chunk in ask("Add 2 and 3.", tool_choice="required", parallel_tool_calls=False, stream=True)]
+    deltas = [call for chunk in chunks for call in chunk.delta.tool_calls or ()]
+    json.loads("".join(call.function.arguments for call in deltas))
+    assert deltas[0].function.name in ("get_weather", "add") and chunks[-1].finish_reason == "tool_calls"
+
+
+def test_the_default_model_keeps_to_strict_schemas_and_still_talks(ask: Callable):
+    strict = [{"type": "function", "function": function | {"strict": True}} for function in FUNCTIONS]
+    assert only_call(ask("What is the weather in Paris?", tools=strict)) == ("get_weather", {"city": "Paris"})
+    free, held = (ask("Who are you?", tools=tools).choices[0].message for tools in (OFFERED, strict))
+    assert held.content == free.content and held.tool_calls is None

@@ -153,7 +153,6 @@ def test_fields_we_know_and_do_not_honour(kind):
         {"tools": []},
         {"tools": [{"type": "function", "function": {"name": "f"}}]},
         {"tool_choice": "auto"},
-        {"response_format": {"type": "json_object"}},
         {"functions": []},
         {"top_logprobs": 1},
         {"max_tokens": 1, "max_completion_tokens": 2},

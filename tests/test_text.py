@@ -221,8 +221,9 @@ def test_pieces_join_to_the_decoded_whole(tokenizers, kind, prompt, answer, size
     tokenizer = tokenizers[kind]
     detokenizer = Detokenizer(tokenizer, prompt, SamplingParams(skip_special_tokens=skip))
     whole = tokenizer.decode(prompt + answer, skip)
+    hidden = tokenizer.hidden_ids(skip)
     # A character that the prompt only begins belongs to the answer, which ends it.
-    before, _ = codecs.utf_8_decode(b"".join(tokenizer._visible(i, skip) for i in prompt), "replace", False)
+    before, _ = codecs.utf_8_decode(b"".join(tokenizer._visible(i, hidden) for i in prompt), "replace", False)
     assert pushed(detokenizer, answer, sizes) == whole[len(tokenizer._pieces.strip(before)) :]
 
 

@@ -1,26 +1,28 @@
-"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages, for text. A last message of the assistant's is continued.
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's Messages, for text and tools.
+
+A last message of the assistant's is continued. The answer's shape is in messages_answer.py.
 
 Errors keep the one shape of this server, which Anthropic's clients read as well.
 """
 
-from collections.abc import AsyncGenerator
 from typing import Annotated, Any, ClassVar
-from uuid import uuid4
 
 from fastapi import FastAPI
 from pydantic import WithJsonSchema
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
-from jaxllm.request import Completion, Output, Request, RequestError
+from jaxllm.request import RequestError
 from serving import shapes
 from serving.context import Context
-from serving.errors import ApiError, encode, json_response
+from serving.conversation import effort_options, encode_messages, history_call, with_names
+from serving.errors import json_response
 from serving.openapi import documented
-from serving.protocol import DrawingBody, EngineLike, Int, fit, make_request, said, sampling_params, stop_strings, truncated
-from serving.routes.chat import encode_messages
+from serving.protocol import DrawingBody, EngineLike, Int, check, fit, make_request, said, sampling_params, stop_strings, truncated
+from serving.reading import reading
+from serving.routes.messages_answer import MessagesAnswer
 from serving.stream import respond
-from serving.usage import Usage
+from serving.tools import Tools, messages_tools
 
 System = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]})]
 
@@ -32,6 +34,9 @@ class MessagesBody(DrawingBody):
     system: System | None = said("The system prompt: a text, or a list of text blocks.")
     max_tokens: Int | None = said("Tokens to generate at most; Anthropic's clients must send it, and so must others.")
     stop_sequences: list[str] | None = said("Strings that end the answer.")
+    tools: list[Any] | None = said("Tools that the model may use: name, description and input_schema.")
+    tool_choice: dict[str, Any] | None = said("none, auto, any or tool as type, with name for the last; disable_parallel_tool_use.")
+    thinking: dict[str, Any] | None = said("disabled or adaptive as type; a model that thinks does so unless it can be told not to.")
 
     refused: ClassVar[dict[str, tuple]] = {
         **DrawingBody.refused,
@@ -40,10 +45,9 @@ class MessagesBody(DrawingBody):
         "mcp_servers": ([],),
         "output_config": (),
         "output_format": (),
+        "response_format": (),
         "service_tier": ("auto", "standard_only"),
-        "thinking": ({"type": "disabled"},),
-        "tool_choice": ({"type": "none"}, {"type": "auto"}),
-        "tools": ([],),
+        "structured_outputs": (),
     }
     harmless: ClassVar[frozenset[str]] = DrawingBody.harmless | {"metadata"}
 
@@ -59,40 +63,85 @@ def add(app: FastAPI, context: Context) -> None:
     @app.post("/v1/messages/count_tokens", **documented(MessagesBody, shapes.CountAnswer))
     async def count_tokens(http: HttpRequest) -> Response:
         async def work(body: MessagesBody) -> Response:
-            return json_response({"input_tokens": len(await _encode(context.engine, body))})
+            tools = messages_tools(body.tools, body.tool_choice)
+            return json_response({"input_tokens": len(await _encode(context.engine, body, tools))})
 
         return await context.post(http, MessagesBody, work)
 
 
-async def prepare(context: Context, body: MessagesBody) -> "MessagesAnswer":
+async def prepare(context: Context, body: MessagesBody) -> MessagesAnswer:
     """Everything checked and encoded, nothing started. Raises ApiError or RequestError."""
     engine = context.engine
     if body.max_tokens is None:
         raise RequestError("`max_tokens` is missing", "max_tokens")
-    ids = truncated(engine, body, await _encode(engine, body), body.max_tokens)
+    tools = messages_tools(body.tools, body.tool_choice)
+    ids = truncated(engine, body, await _encode(engine, body, tools), body.max_tokens)
+    how = await reading(engine.tokenizer, context.parsers, tools, ids)
     stop = stop_strings(body.stop_sequences or [], "stop_sequences")
-    params = sampling_params(engine, body, fit(engine, len(ids), body.max_tokens), None, stop=stop)
-    answer = MessagesAnswer(engine)
+    fitting = fit(engine, len(ids), body.max_tokens)
+    params = sampling_params(engine, body, fitting, None, stop=stop, **(how.params if how else {}))
+    answer = MessagesAnswer(engine, how, shows_thoughts=_thinking(body) != "disabled")
     request = make_request(answer.id, ids, params, body)
-    engine.check(request)
+    await check(engine, request)
     answer.requests.append(request)
     return answer
 
 
-async def _encode(engine: EngineLike, body: MessagesBody) -> list[int]:
+def _thinking(body: MessagesBody) -> str | None:
+    kind = None if body.thinking is None else body.thinking.get("type")
+    if body.thinking is not None and kind not in ("disabled", "adaptive"):
+        raise RequestError("`thinking.type` must be disabled or adaptive: a budget of thinking cannot be kept to", "thinking")
+    return kind
+
+
+async def _encode(engine: EngineLike, body: MessagesBody, tools: Tools) -> list[int]:
     if not body.messages:
         raise RequestError("`messages` must hold at least one message", "messages")
-    conversation = [_parse_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    parsed = [_parse_message(message, f"messages[{i}]") for i, message in enumerate(body.messages)]
+    conversation = with_names([message for messages in parsed for message in messages])
     system = [] if body.system is None else [{"role": "system", "content": _text(body.system, "system")}]
     goes_on = conversation[-1]["role"] == "assistant"
+    if goes_on and conversation[-1].get("tool_calls"):
+        raise RequestError("`messages` end in a tool_use, which only a tool_result can follow", "messages")
     options = {"add_generation_prompt": not goes_on, "continue_final_message": goes_on}
+    options |= effort_options(engine, "none" if _thinking(body) == "disabled" else None) | tools.template
     return await encode_messages(engine, [*system, *conversation], options)
 
 
-def _parse_message(message: dict[str, Any], where: str) -> dict[str, Any]:
-    if message.get("role") not in ("user", "assistant"):
+def _parse_message(message: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """The messages that one of Anthropic's is to chat templates: each result of a tool is one of its own, before the text."""
+    role, content = message.get("role"), message.get("content")
+    if role not in ("user", "assistant"):
         raise RequestError(f"`{where}.role` must be user or assistant", where)
-    return {"role": message["role"], "content": _text(message.get("content"), f"{where}.content")}
+    if not isinstance(content, list):
+        return [{"role": role, "content": _text(content, f"{where}.content")}]
+    special = {"user": ("tool_result",), "assistant": ("tool_use", "thinking")}[role]
+    kinds = [block.get("type") if isinstance(block, dict) else None for block in content]
+    text = _text([block for block, kind in zip(content, kinds, strict=True) if kind not in special], f"{where}.content")
+    found = [(f"{where}.content[{i}]", content[i], kind) for i, kind in enumerate(kinds) if kind in special]
+    if role == "user":
+        results = [_result(block, at) for at, block, _ in found]
+        return [*results, *([{"role": "user", "content": text}] if text or not results else [])]
+    made: dict[str, Any] = {"role": "assistant", "content": text}
+    if calls := [_call(block, at) for at, block, kind in found if kind == "tool_use"]:
+        made["tool_calls"] = calls
+    if thoughts := "".join(str(block.get("thinking", "")) for _, block, kind in found if kind == "thinking"):
+        made["reasoning_content"] = made["reasoning"] = thoughts
+    return [made]
+
+
+def _result(block: dict[str, Any], where: str) -> dict[str, Any]:
+    if not isinstance(block.get("tool_use_id"), str):
+        raise RequestError(f"`{where}.tool_use_id` must be a string", where)
+    text = _text(block.get("content") or "", f"{where}.content")
+    return {"role": "tool", "tool_call_id": block["tool_use_id"], "content": f"Error: {text}" if block.get("is_error") else text}
+
+
+def _call(block: dict[str, Any], where: str) -> dict[str, Any]:
+    id, name = block.get("id"), block.get("name")
+    if not isinstance(id, str) or not isinstance(name, str) or not isinstance(block.get("input"), dict):
+        raise RequestError(f"`{where}` must have id, name and input", where)
+    return history_call(id, name, block["input"], f"{where}.input")
 
 
 def _text(content: Any, where: str) -> str:
@@ -104,64 +153,3 @@ def _text(content: Any, where: str) -> str:
         if not isinstance(block, dict) or block.get("type") != "text" or not isinstance(block.get("text"), str):
             raise RequestError(f"`{where}` holds a block that is not text: this model reads text only", where)
     return "\n".join(block["text"] for block in content)
-
-
-class MessagesAnswer:
-    """One request's answer in Anthropic's message shape; serving.stream drives it."""
-
-    def __init__(self, engine: EngineLike):
-        self.id = f"msg_{uuid4().hex}"
-        self.requests: list[Request] = []
-        self._model = engine.model_name
-        self._end: Completion | None = None
-
-    def streams(self, engine: EngineLike) -> list[AsyncGenerator[Output, None]]:
-        return [engine.generate(request) for request in self.requests]
-
-    async def whole(self, outputs: list[Output], usage: Usage) -> dict:
-        ((completion,),) = (output.outputs for output in outputs)
-        return self._message([{"type": "text", "text": completion.text}], usage) | _stop(completion)
-
-    def _message(self, content: list[dict], usage: Usage) -> dict:
-        head = {"id": self.id, "type": "message", "role": "assistant", "model": self._model, "content": content}
-        return head | {"stop_reason": None, "stop_sequence": None, "usage": _usage(usage)}
-
-    def first(self, i: int, output: Output) -> bytes:
-        usage = Usage(1)
-        usage.add(0, Output(output.request_id, None, output.prompt_token_ids, (), False, num_cached_tokens=output.num_cached_tokens))
-        start = _event("message_start", message=self._message([], usage))
-        return start + _event("content_block_start", index=0, content_block={"type": "text", "text": ""})
-
-    def event(self, i: int, completion: Completion, usage: Usage) -> bytes:
-        self._end = completion
-        if not completion.text:
-            return b""
-        return _event("content_block_delta", index=0, delta={"type": "text_delta", "text": completion.text})
-
-    async def last(self, usage: Usage) -> bytes:
-        assert self._end is not None
-        delta = _event("message_delta", delta=_stop(self._end), usage=_usage(usage))
-        return _event("content_block_stop", index=0) + delta + _event("message_stop")
-
-    def failed(self, error: ApiError) -> bytes:
-        return _event("error", **error.body)
-
-
-def _event(kind: str, **data: Any) -> bytes:
-    return f"event: {kind}\ndata: {encode({'type': kind, **data})}\n\n".encode()
-
-
-def _stop(end: Completion) -> dict:
-    by_string = isinstance(end.stop_reason, str)
-    reason = "max_tokens" if end.finish_reason == "length" else "stop_sequence" if by_string else "end_turn"
-    return {"stop_reason": reason, "stop_sequence": end.stop_reason if by_string else None}
-
-
-def _usage(usage: Usage) -> dict:
-    """Anthropic counts the tokens read from a cache by themselves."""
-    return {
-        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": usage.cached_tokens,
-        "output_tokens": usage.completion_tokens,
-    }

@@ -9,11 +9,12 @@ from starlette.responses import Response
 from jaxllm.request import RequestError
 from serving import shapes
 from serving.context import Context
+from serving.conversation import encode_messages, parse_messages, template_options
 from serving.errors import json_response
 from serving.openapi import documented
 from serving.protocol import Body, EngineLike, Int, off_loop, said, tokenizer_of
-from serving.routes.chat import encode_messages, parse_messages, template_options
 from serving.routes.completions import encode_prompt
+from serving.tools import chat_tools
 
 
 class TokenizeBody(Body):
@@ -26,6 +27,7 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = said("End the messages with the beginning of an answer; on unless false.")
     continue_final_message: bool | None = said("Leave the last message open.")
     chat_template_kwargs: dict[str, Any] | None = said("Variables for the chat template.")
+    tools: list[Any] | None = said("The tools that the messages come with, as /v1/chat/completions takes them.")
 
 
 class DetokenizeBody(Body):
@@ -60,7 +62,9 @@ async def _tokenize(engine: EngineLike, body: TokenizeBody) -> dict:
     else:
         if body.add_special_tokens:
             raise RequestError("`add_special_tokens` is for `prompt`: the chat template writes them itself", "add_special_tokens")
-        ids = await encode_messages(engine, parse_messages(body.messages), template_options(body))
+        ids = await encode_messages(
+            engine, parse_messages(body.messages), template_options(body) | chat_tools(body.tools, None, None).template
+        )
     texts = {"token_strs": [tokenizer.token_text(token) for token in ids]} if body.return_token_strs else {}
     return {"count": len(ids), "max_model_len": engine.max_model_len, "tokens": ids, **texts}
 
