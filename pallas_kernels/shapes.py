@@ -80,6 +80,8 @@ CORRECT = {
     "shared_pages": Case(LLAMA_8B, (300, 129, 1000, 128, 131), (0, 1, 40, 0, 3), shared=2),
     "prefill_group_1": Case(Heads(4, 4, 128), (300, 7, 150), (70, 0, 130), page_size=32, window=50, spare=5),
     "prefill_group_3": Case(Heads(6, 2, 128), (500, 90), (300, 90), page_size=128, dtype="float16"),
+    "prefill_group_5": Case(Heads(10, 2, 128), (210, 30), (210, 9), spare=2),
+    "prefill_group_6": Case(Heads(12, 2, 64), (333, 40), (100, 40), page_size=32, softcap=20.0),
     "prefill_group_16": Case(Heads(16, 1, 64), (700, 64), (130, 64), page_size=16, spare=1),
     "long": Case(Heads(2, 1, 64), (131_072, 1, 40_000)),
     "long_prefix": Case(Heads(2, 1, 64), (131_072, 70_000), (64, 0), window=4096),

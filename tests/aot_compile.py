@@ -159,6 +159,20 @@ def job(target: Target, name: str) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
+def local_in_loops(sass: str) -> list[int]:
+    """Of each innermost loop with HGMMA in it, the loads and stores of local memory. What waits for a barrier jumps back without a
+    condition, from far behind, and is no loop."""
+    lines, labels, loops = sass.splitlines(), {}, []
+    for place, line in enumerate(lines):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = place
+        jump = re.search(r"@!?U?P\d+ BRA (?:\w+, )?`\((\.L_x_\d+)\)", line)
+        if jump and jump[1] in labels and any("HGMMA" in inside for inside in lines[labels[jump[1]] : place]):
+            loops.append((labels[jump[1]], place))
+    inner = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return [sum(bool(re.search(r"\b(LDL|STL)\b", line)) for line in lines[start:end]) for start, end in inner]
+
+
 def main(name: str, *jobs: str) -> None:
     target = Target(name)
     sys.stdout.flush()
@@ -170,7 +184,9 @@ def main(name: str, *jobs: str) -> None:
             before = said.tell()
             found[each] = job(target, each)
             said.seek(before)
-            found[each]["ptxas"] = re.findall(r"^.*(?:spill|Used \d+ registers).*$", said.read().decode(errors="replace"), re.M)
+            text = said.read().decode(errors="replace")
+            found[each]["ptxas"] = re.findall(r"^.*(?:spill|Used \d+ registers).*$", text, re.M)
+            found[each]["loops"] = local_in_loops(text)
         os.dup2(kept, 1)
     print(json.dumps(found))
 

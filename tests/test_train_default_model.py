@@ -9,10 +9,12 @@ import time
 from pathlib import Path
 from random import Random
 
+import acceptance
 import chores
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import schemas
 import scorecard
 import stories
 import tools
@@ -23,6 +25,7 @@ from model import SIZES, init, logits
 from prepare import CHAT, PRETRAIN, ROW, TOKEN, encode, run_on, whole
 from tokenizers import Tokenizer
 
+from jaxllm import SamplingParams
 from jaxllm.source import default_model
 from jaxllm.text import Tokenizer as Served
 
@@ -65,16 +68,37 @@ def test_worlds_are_answered_from_their_facts():
         assert answer.split()[0].removesuffix("'s") in question
 
 
-def test_every_made_call_fits_its_schema():
+def renamed(random: Random):
+    return schemas.renamed(*tools.make(random), random)
+
+
+@pytest.mark.parametrize("make", [tools.make, schemas.make, renamed])
+def test_every_made_call_fits_its_schema(make):
     made = 0
     for seed in range(300):
-        messages, offered = tools.make(Random(seed))
+        messages, offered = make(Random(seed))
         for message in messages:
             for call in message.get("tool_calls", []):
                 text = "".join(text for text, kind in conversation([message]) if kind == ANSWER)
                 assert all(scorecard.judge_call(text, offered, call["function"]).values()), (message, offered)
                 made += 1
     assert made > 300
+
+
+def test_renaming_keeps_what_is_said_and_changes_what_things_are_called():
+    changed = 0
+    for seed in range(100):
+        before, tools_before = tools.make(Random(seed))
+        after, tools_after = schemas.renamed(before, tools_before, Random(seed))
+        assert [m["content"] for m in after] == [m["content"] for m in before]
+        for old, new in zip(before, after, strict=True):
+            for c, d in zip(old.get("tool_calls", []), new.get("tool_calls", []), strict=True):
+                values, kept = (list(json.loads(x["function"]["arguments"]).values()) for x in (c, d))
+                assert all(v in values for v in kept)
+        changed += not {t["function"]["name"] for t in tools_before} & {t["function"]["name"] for t in tools_after}
+    assert changed > 50
+    found = {"old": "2019-03-01", "other": "x"}
+    assert json.loads(schemas._rekeyed(json.dumps([found]), {"old": "new"})) == [{"new": "2019-03-01", "other": "x"}]
 
 
 WEATHER = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}}
@@ -139,13 +163,49 @@ def test_only_marked_tokens_count():
     assert abs(nats.mean() - wanted) > 4e-3, "the mask would not be noticed"
 
 
+def test_with_a_teacher_what_it_thinks_counts_and_not_the_text(monkeypatch):
+    monkeypatch.setattr(train, "TEACHER", SMOKE)
+    student, teacher = ({n: 5 * p for n, p in init(SMOKE, seed).items()} for seed in (0, 1))  # five times: as sure as a trained one
+    tokens = np.random.default_rng(0).integers(0, SMOKE.vocab, (2, 17)).astype(np.uint16) | CHAT
+    found = float(train.loss(student, jnp.asarray(tokens), jnp.uint16(CHAT), SMOKE, "xla", train.half(teacher)))
+    scores, thought = (
+        np.asarray(logits(p, jnp.asarray((tokens & TOKEN)[:, :-1].astype(np.int32)), SMOKE), np.float64) for p in (student, teacher)
+    )
+    p = np.exp(thought) / np.exp(thought).sum(-1, keepdims=True)
+    wanted = (p * (np.log(np.exp(scores).sum(-1, keepdims=True)) - scores)).sum(-1).mean()
+    assert found == pytest.approx(wanted, abs=0.05)  # the loss computes in bfloat16
+    assert abs(float(train.loss(student, jnp.asarray(tokens), jnp.uint16(CHAT), SMOKE, "xla")) - wanted) > 0.3
+
+
+def test_acceptance_counts_guesses_up_to_the_first_refusal_and_samples_as_served():
+    kept = acceptance.guesses_kept(np.array([1, 1, 0.5, 0, 1, 1, 1, 1, 1]))
+    np.testing.assert_allclose(kept, [2.5, 1.5, 0.5, 0, 4, 4, 3, 2, 1])
+    p = acceptance.sampled_from(np.log([[0.5, 0.3, 0.15, 0.05]]), SamplingParams(temperature=1.0, top_p=0.75))
+    np.testing.assert_allclose(p, [[0.625, 0.375, 0, 0]])
+
+
 def test_the_rate_rises_stays_and_falls():
-    rates = [train.rate_at(step, 200, 100, 1.0) for step in range(300)]
-    assert rates[0] == 0.01 and rates[100:200] == [1.0] * 100 and rates[250] == 0.5 and 0 < rates[299] < 0.02
+    stages, rates = zip(*(train.stage_at(step, {"pretrain": 200, "chat": 100, "finish": 200}, 1.0) for step in range(500)), strict=True)
+    assert stages == ("pretrain",) * 200 + ("chat",) * 100 + ("finish",) * 200
+    assert rates[0] == 0.01 and rates[100:200] == (1.0,) * 100 and rates[250] == 0.5 and 0 < rates[299] < 0.02
+    assert rates[300] == 0.01 and max(rates[300:]) == pytest.approx(0.505) and rates[400] == 0.5 and 0 < rates[499] < 0.01
 
 
 def arguments(prepared: Path, out: Path) -> argparse.Namespace:
-    options = dict(size="smoke", pretrain=40, chat=20, rows=2, rate=4e-3, seed=0, save_every=5, stop_at=None, carry=None, start=None)
+    options = dict(
+        size="smoke",
+        pretrain=40,
+        chat=20,
+        finish=0,
+        teacher=None,
+        rows=2,
+        rate=4e-3,
+        seed=0,
+        save_every=5,
+        stop_at=None,
+        carry=None,
+        start=None,
+    )
     return argparse.Namespace(prepared=prepared, out=out, **options)
 
 

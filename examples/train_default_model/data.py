@@ -15,6 +15,7 @@ from pathlib import Path
 from random import Random
 
 import chores
+import schemas
 import stories
 import tools
 import words
@@ -140,44 +141,17 @@ def sgd(folder: Path, held: bool) -> Iterator[Pieces]:
     random = Random(3)
     for row in read(folder, "chat/sgd_tool_chat"):
         if (row["split"] == "test") == held:
-            yield conversation(*((row["messages"], row["tools"]) if held else respelled(row["messages"], row["tools"], random)))
+            yield conversation(*((row["messages"], row["tools"]) if held else schemas.respelled(row["messages"], row["tools"], random)))
 
 
-def respelled(messages: list[dict], offered: list[dict], random: Random) -> tuple[list[dict], list[dict]]:
-    name = random.choice([str, str, _snake, _camel])
-    key = random.choice([str, str, _camel]) if name is not str else str
-
-    def function(f: dict) -> dict:
-        shown = list(f["parameters"]["properties"].items())
-        random.shuffle(shown)
-        parameters = f["parameters"] | {
-            "properties": {key(k): v for k, v in shown},
-            "required": [key(k) for k in f["parameters"]["required"]],
-        }
-        return f | {"name": name(f["name"]), "parameters": parameters}
-
-    def message(m: dict) -> dict:
-        if not m.get("tool_calls"):
-            return m
-        made = [
-            c | {"function": {"name": name(f["name"]), "arguments": json.dumps({key(k): v for k, v in json.loads(f["arguments"]).items()})}}
-            for c in m["tool_calls"]
-            for f in [c["function"]]
-        ]
-        return m | {"tool_calls": made}
-
-    listed = [t | {"function": function(t["function"])} for t in offered]
-    random.shuffle(listed)
-    return [message(m) for m in messages], listed
-
-
-def _snake(name: str) -> str:
-    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()
-
-
-def _camel(name: str) -> str:
-    first, *rest = re.split(r"_", _snake(name))
-    return first + "".join(w.capitalize() for w in rest)
+def renamed_sgd(folder: Path, held: bool) -> Iterator[Pieces]:
+    """The same dialogues for training, each twice, under names that only the schema knows (schemas.py)."""
+    random = Random(4)
+    for _ in range(0 if held else 2):
+        for row in read(folder, "chat/sgd_tool_chat"):
+            functions = [t["function"]["name"] for t in row["tools"]]
+            if row["split"] != "test" and len(set(functions)) == len(functions):
+                yield conversation(*schemas.renamed(row["messages"], row["tools"], random))
 
 
 def _dialogues(name: str) -> Callable[[Path, bool], Iterator[Pieces]]:
@@ -247,7 +221,9 @@ SOURCES = {
     "stories_asked": Source(_made(_asked, 20, 60_000), True),
     "chores": Source(_made(lambda random: conversation(chores.make(random)), 30, 200_000), True),
     "tools": Source(_made(lambda random: conversation(*tools.make(random)), 40, 40_000), True),
+    "made_up": Source(_made(lambda random: conversation(*schemas.make(random)), 50, 60_000), True),
     "sgd": Source(sgd, True),
+    "sgd_renamed": Source(renamed_sgd, True),
     "taskmaster": Source(_dialogues("taskmaster4_chat"), True),
     "topical": Source(_dialogues("topical_chat"), True),
     "gsm8k": Source(_dialogues("gsm8k_chat"), True),

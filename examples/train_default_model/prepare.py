@@ -1,7 +1,8 @@
 """Makes what train.py reads: a tokenizer, and every source as rows of tokens.
 
-    python prepare.py DATA OUT
+    python prepare.py DATA OUT [--sources NAME ...]
 
+A tokenizer that is in OUT already is kept, so that sources can be made again, or in several runs, for a model that has learned them.
 A row is 2,049 numbers of 16 bits: the low 14 are the token, bit 14 says that pretraining learns it, bit 15 that the chat stage does, too.
 Text runs on from row to row; conversations stay whole, as many to a row as fit.
 """
@@ -132,16 +133,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with text/*.jsonl.xz and chat/*.jsonl.xz")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=list(SOURCES))
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
     for folder in ("train", "held_out"):
         (args.out / folder).mkdir(parents=True, exist_ok=True)
-    tokenizer = train_tokenizer(args.data)
-    assert tokenizer.get_vocab_size() == VOCAB and tokenizer.token_to_id(END) is not None
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    if not (args.out / "tokenizer.json").exists():
+        tokenizer = train_tokenizer(args.data)
+        assert tokenizer.get_vocab_size() == VOCAB and tokenizer.token_to_id(END) is not None
+        tokenizer.save(str(args.out / "tokenizer.json"))
     (args.out / "ATTRIBUTION.md").write_text(attribution(args.data))
     with Pool(args.workers) as pool:
-        for line in pool.starmap(prepare_source, [(name, args.data, args.out) for name in SOURCES], chunksize=1):
+        for line in pool.starmap(prepare_source, [(name, args.data, args.out) for name in args.sources], chunksize=1):
             print(line, flush=True)
 
 

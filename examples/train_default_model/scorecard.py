@@ -176,7 +176,7 @@ def answers_to_prompts(llm: LLM) -> list[tuple[dict, str]]:
 
 
 def report(args: argparse.Namespace, llm: LLM) -> str:
-    lines = ["# Scorecard", "", f"Made by `python {' '.join(map(_short, sys.argv))}`.", "", "## Held-out loss", ""]
+    lines = ["# Scorecard", "", f"Made by `python {' '.join(map(short, sys.argv))}`.", "", "## Held-out loss", ""]
     lines += ["| source | tokens | nats a token | perplexity |", "|---|---|---|---|"]
     for name, (nats, count) in loss_of(llm, args.prepared, args.documents).items():
         lines.append(f"| {name} | {count:,} | {nats:.3f} | {np.exp(nats):.2f} |")
@@ -193,7 +193,7 @@ def report(args: argparse.Namespace, llm: LLM) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _short(argument: str) -> str:
+def short(argument: str) -> str:
     """A path without the folders above: where somebody keeps things says nothing."""
     return Path(argument).name if "/" in argument else argument
 

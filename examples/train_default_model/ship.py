@@ -1,12 +1,13 @@
 """Makes the folder that ships from what train.py exported: one file of weights, and everything Hugging Face's loaders look for.
 
-    python ship.py PREPARED RUN FOLDER --size default --card scorecard.md
+    python ship.py PREPARED RUN FOLDER --size default --card card.md scorecard.md
 
-With --card the folder gets the model card: card.md, then that scorecard; and the attribution.
+With --card the folder gets the model card, made of a card and what was measured, and the attribution.
 """
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -55,12 +56,12 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=SIZES, default="default")
-    parser.add_argument("--card", type=Path, default=None, help="a scorecard, to stand behind card.md")
+    parser.add_argument("--card", type=Path, nargs=2, metavar=("CARD", "MEASURED"), help="what the model card is made of")
     args = parser.parse_args()
     ship(args.prepared, args.run, args.folder, args.size)
     if args.card:
-        scores = args.card.read_text().replace("\n## ", "\n### ").replace("# Scorecard", "## Scorecard", 1)
-        (args.folder / "README.md").write_text((HERE / "card.md").read_text() + scores)
+        card, measured = (path.read_text() for path in args.card)
+        (args.folder / "README.md").write_text(card + re.sub(r"^#", "##", measured, flags=re.MULTILINE))
         shutil.copy(args.prepared / "ATTRIBUTION.md", args.folder)
 
 

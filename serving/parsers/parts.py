@@ -48,6 +48,8 @@ class Reader(Protocol):
 
 def joined(parts: Sequence[Part]) -> list[Part]:
     """`parts` with neighbours that go on from each other put together."""
+    if len(parts) < 2:
+        return list(parts)
     out: list[Part] = []
     for part in parts:
         last = out[-1] if out else None

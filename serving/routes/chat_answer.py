@@ -136,29 +136,31 @@ class ReadChatAnswer(ChatAnswer):
         reader, ended = self._reader(completion.index), completion.finish_reason is not None
         count = reader.calls
         parts = reader.read(completion.text, ended)
-        deltas = [encode(delta) for delta in self._deltas(parts, count)]
+        deltas = list(self._deltas(parts, count))
         if ended or (not deltas and (completion.logprobs is not None or self._body.return_token_ids)):
             deltas.append("{}")
         if not deltas:
             return b""
+        last = self._delta(deltas[-1], completion, _finish_reason(completion, reader), usage)
+        if len(deltas) == 1:
+            return last
         bare = replace(completion, logprobs=None, token_ids=())
-        events = [self._delta(delta, bare, None, usage) for delta in deltas[:-1]]
-        return b"".join((*events, self._delta(deltas[-1], completion, _finish_reason(completion, reader), usage)))
+        return b"".join((*(self._delta(delta, bare, None, usage) for delta in deltas[:-1]), last))
 
-    def _deltas(self, parts: list[Part], count: int) -> Iterator[dict[str, Any]]:
-        """count: the calls that began before these parts."""
+    def _deltas(self, parts: list[Part], count: int) -> Iterator[str]:
+        """Their JSON. count: the calls that began before these parts."""
         for part in parts:
             if isinstance(part, Text):
-                yield {"content": part.text}
+                yield f'{{"content":{encode(part.text)}}}'  # a token's cost: a dict is walked, a string is not
             elif isinstance(part, Thought):
                 if self._shows_thoughts:
-                    yield _thought(part.text)
+                    yield encode(_thought(part.text))
             else:
                 if isinstance(part, Call):
                     count += 1
-                    yield {"tool_calls": [{"index": count - 1, **_whole_call(Call(part.name, ""))}]}
+                    yield encode({"tool_calls": [{"index": count - 1, **_whole_call(Call(part.name, ""))}]})
                 if part.arguments:
-                    yield {"tool_calls": [{"index": count - 1, "function": {"arguments": part.arguments}}]}
+                    yield encode({"tool_calls": [{"index": count - 1, "function": {"arguments": part.arguments}}]})
 
     async def last(self, usage: Usage) -> bytes:
         await self._count(usage)
