@@ -26,8 +26,9 @@ INSTALL = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check 
 serve: $(VENV)/.installed$(CUDA)
 	$(VENV)/bin/jaxllm serve $(MODEL) --port $(PORT) $(ARGS)
 
+# A file's tests stay together, because they share what they compiled. For one process, and a debugger: ARGS="-n 0".
 test: $(VENV)/.installed-dev$(CUDA)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 lint: $(VENV)/.installed-dev$(CUDA)
 	$(VENV)/bin/python -m pytest tests/test_house.py $(ARGS)
