@@ -265,6 +265,7 @@ def test_a_key_is_asked_for_and_kept_as_chosen(opened, locked):
     dialog.get_by_label("API key").fill("secret")
     dialog.get_by_label("Keep it in this browser").check()
     page.get_by_role("button", name="Use this key").click()
+    page.wait_for_function("() => localStorage.getItem('jaxllm.key') !== null")
     expect(answers(page)).to_have_count(2)
     assert page.evaluate(keys) == [None, "secret"]
 
