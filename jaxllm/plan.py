@@ -120,7 +120,7 @@ def make_plan(
             "lower it, or raise max_position_embeddings by --hf-overrides"
         )
     wanted = model.max_position if longest < 0 else longest
-    chunks, steps = _chunks(config, machine), config.num_scheduler_steps or _decode_steps(config, machine, weight_bytes)
+    chunks, steps = _chunks(config, machine), config.num_scheduler_steps or min(_decode_steps(config, machine, weight_bytes), page_size)
     if not 1 <= steps <= page_size:
         raise ConfigError(f"--num-scheduler-steps must be from 1 to --block-size, which is {page_size}, but it is {steps}")
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype)

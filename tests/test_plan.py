@@ -71,6 +71,7 @@ def test_small_models_decode_several_tokens_a_dispatch():
     assert [make_plan(EngineConfig(), LLAMA, "bfloat16", H200, size).decode_steps for size in (qwen_05b, qwen_3b, WEIGHTS)] == [8, 1, 1]
     assert plan(CPU, max_model_len=8192).decode_steps == 1
     assert plan(num_scheduler_steps=5).decode_steps == 5
+    assert make_plan(EngineConfig(block_size=4), LLAMA, "bfloat16", H200, qwen_05b).decode_steps == 4, "a page has no more tokens"
     with pytest.raises(ConfigError, match=r"--num-scheduler-steps must be from 1 to --block-size, which is 16, but it is 17"):
         plan(num_scheduler_steps=17, block_size=16)
 
