@@ -31,6 +31,8 @@ BENCHES = {  # each runs bench.NAME as a program
     "structured": "measure what answers with a form cost other rows",
     "startup": "time jaxllm serve from process start to ready",
     "profile": "show where a step's time goes on the GPU",
+    "kernels": "time the attention kernels, and find their block sizes",
+    "linears": "time a decode step's linear layers, and find their tiles",
     "compare": "put results beside limits and vLLM's figures",
 }
 
