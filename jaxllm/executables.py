@@ -108,14 +108,18 @@ def _text(value: Any) -> str:
 def _surroundings(devices: Sequence[Any]) -> dict[str, Any]:
     """What decides how anything compiles for these devices, here and now."""
     client = devices[0].client
-    settings = {k: v for k, v in jax.config.values.items() if isinstance(v, bool | int | float | str)}
     return {
         "source": _source(),
         "platform": (jax.__version__, client.platform, client.platform_version, _processor()),
         "devices": [(device.id, device.device_kind) for device in devices],
-        "settings": settings,
+        "settings": settings(),
         "flags": os.environ.get("XLA_FLAGS", ""),
     }
+
+
+def settings() -> dict[str, Any]:
+    """JAX's, as far as they have a lasting text."""
+    return {k: v for k, v in jax.config.values.items() if isinstance(v, bool | int | float | str)}
 
 
 @cache

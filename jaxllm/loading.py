@@ -21,6 +21,7 @@ from jaxllm.decoder import Decoder
 from jaxllm.devices import cache_folder, choose_devices, machine
 from jaxllm.executables import Executables
 from jaxllm.layers import Source
+from jaxllm.lowering import helpers_for
 from jaxllm.parallel import make_mesh
 from jaxllm.params import abstract, compile_joins, layout
 from jaxllm.patch import Patch
@@ -69,13 +70,13 @@ def load_engine_parts(config: EngineConfig, patch: Patch | None = None) -> Loade
     log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)
     shapes = Decoder(WeightShapes(tensor_shapes(model), mesh, plan.dtype), model)
     runner = Runner(shapes, plan, mesh, implementation, patch)
-    # A patch is code that no file's name can tell.
+    # A patch is code that no file's name can tell, nor another process.
     kept = Executables(cache_folder() if patch is None else None, devices, plan, model, implementation)
     with ThreadPoolExecutor(1, "weights") as pool:
         weights = pool.submit(_timed_decoder, config, checkpoint, model, mesh, plan.dtype)
         with phase(f"compiling {len(plan.buckets) + 1} shapes"):
             try:
-                runner.compile(kept)
+                runner.compile(kept, 0 if patch else helpers_for(devices))
             except NotImplementedError as error:  # an attention that was asked for by name
                 raise ConfigError(f"--attention-backend {implementation}: {error}") from error
         decoder = weights.result()

@@ -11,8 +11,7 @@ inbox. XLA then launches the step's CUDA graph as it is, where one new address m
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from threading import stack_size
 from typing import Any
@@ -23,18 +22,20 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
-from jax.stages import Lowered
+from jax.stages import Compiled
 
-from jaxllm import mask, sample, scheduler
+from jaxllm import mask, scheduler
 from jaxllm import step as device
 from jaxllm.batch import StepResult, pack, packed_size
-from jaxllm.cache import Cache, cache_shapes, make_cache
+from jaxllm.cache import Cache, make_cache
 from jaxllm.decoder import Decoder
 from jaxllm.executables import Executables
+from jaxllm.lowering import Recipe, lowered
 from jaxllm.parallel import sharding
-from jaxllm.params import abstract, layout, place
+from jaxllm.params import abstract, place
 from jaxllm.patch import Patch
 from jaxllm.plan import GIB, Bucket, Plan
+from jaxllm.programs import ADMITTED, OPTIONS, RowState, programs
 from jaxllm.request import ConfigError
 from jaxllm.scheduler import Step
 from jaxllm.weights import Given, Join, Params
@@ -43,19 +44,7 @@ log = logging.getLogger("jaxllm")
 
 Prepared = tuple[Array, ...]
 
-ADMITTED = 16  # sequences whose row state one dispatch brings to the device
-# XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing.
-_OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
-# Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200).
-_LARGE = {"xla_gpu_enable_triton_gemm": False}
-# A step that is repeated stays one CUDA graph: with the usual kinds and its loop (WHILE), the device counts the turns, and the host none.
-REPEATED = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE",
-    "xla_gpu_graph_min_graph_size": 1,  # of which the loop is one
-}
 _COMPILER_STACK = 64 * 2**20  # XLA's recursion over a deep model overflows a thread's usual 8 MiB
-
-
 # Tokens, log-probabilities, the prompt's, hidden states: what StepResult has, on the device.
 Drawn = tuple[Array, tuple[Array, ...] | None, tuple[Array, ...] | None, Array | None]
 
@@ -79,20 +68,6 @@ class Handle:
         return StepResult(np.atleast_2d(tokens).T.tolist(), *found)
 
 
-@dataclass
-class RowState:
-    """What the device keeps for each row slot. The last four matter only to rows that sample with edited logits."""
-
-    last_S: Array  # the newest token
-    table_SP: Array  # its pages
-    floats_SF: Array  # sampling parameters, packed by `sample.Sampling`
-    ints_SI: Array
-    edits_SE: Array
-    counts_SV: Array  # how often each token was produced
-    in_prompt_SV: Array
-    banned_SW: Array  # what must not be drawn, packed as mask.py says
-
-
 class Runner:
     """A model ready to run the plan's steps once `compile` and then `start` have returned.
 
@@ -109,34 +84,21 @@ class Runner:
         self._params = tuple(leaves)  # shapes, until `start`
         self._everywhere = sharding(mesh, ())
         self._cache: Cache = []
-        self._state = self._empty_state()
-        self._steps: dict[Bucket, Callable] = {}
-        self._loads: dict[Bucket, Callable] = {}
-        self._takes: dict[int, Callable] = {}
-        self._hiddens: dict[int, Callable] = {}
-        self._masked_draws: dict[int, Callable] = {}
-        self._edited_draws: dict[int, Callable] = {}
-        self._admits: dict[str, Callable] = {}
+        self._state = RowState(**self._zeros(vars(RowState.shapes(plan, decoder.c))))
+        self._programs = programs(decoder, plan, mesh, implementation, patch)
+        self._steps: dict[Bucket, Compiled] = {}
+        self._loads: dict[Bucket, Compiled] = {}
+        self._takes: dict[int, Compiled] = {}
+        self._hiddens: dict[int, Compiled] = {}
+        self._masked_draws: dict[int, Compiled] = {}
+        self._edited_draws: dict[int, Compiled] = {}
+        self._admits: dict[str, Compiled] = {}
         self._inboxes: dict[Bucket, Array] = {}
         self._ports: dict[int, device.Ports] = {}
-        self._joins: dict[Join, Callable] = {}
+        self._joins: dict[Join, Compiled] = {}
         self._patch_S = self._empty_patch()
         self._patched: set[int] = set()  # slots whose last sequence brought data
         self._masked: set[int] = set()  # slots whose last sequence had a mask
-
-    def _empty_state(self) -> RowState:
-        slots, vocab = self.plan.max_num_seqs + 1, self.model.vocab_size
-        shapes = {
-            "last_S": ((slots,), jnp.int32),
-            "table_SP": ((slots, self.plan.max_pages), jnp.int32),
-            "floats_SF": ((slots, sample.FLOATS), jnp.float32),
-            "ints_SI": ((slots, sample.INTS), jnp.int32),
-            "edits_SE": ((slots, device.EDITS), jnp.int32),
-            "counts_SV": ((slots, vocab), jnp.int16),
-            "in_prompt_SV": ((slots, vocab), jnp.bool_),
-            "banned_SW": ((slots, mask.words(vocab)), jnp.int32),
-        }
-        return RowState(**self._zeros({name: jax.ShapeDtypeStruct(*s) for name, s in shapes.items()}))
 
     def _empty_patch(self) -> dict[str, Array]:
         """For every row slot what the patch takes from one that brings nothing."""
@@ -149,26 +111,41 @@ class Runner:
 
     # ------------------------------------------------------------------ compiling
 
-    def compile(self, kept: Executables | None = None) -> None:
-        """Compiles every shape, or takes what an earlier start kept.
+    def compile(self, kept: Executables | None = None, helpers: int = 0) -> None:
+        """Compiles every program, or takes what an earlier start kept. helpers: processes, at most, that lower beside this one.
 
         Raises ConfigError if the largest step does not fit into what the plan set aside for it.
         """
-        jobs, options = self._jobs(), _OPTIONS | (kept.options if kept else {})
-        before = stack_size(_COMPILER_STACK)
-        try:
-            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-                restored = [None] * len(jobs) if kept is None else pool.map(kept.get, [job.name for job in jobs])
-                # Lowered one after the other: that holds Python's lock, and threads would only fight for it. Compiling lets it go.
-                made = [pool.submit(job.lower(options).compile) if done is None else done for job, done in zip(jobs, restored, strict=True)]
-        finally:
-            stack_size(before)
-        compiled = {job.name: m.result() if isinstance(m, Future) else m for job, m in zip(jobs, made, strict=True)}
-        for job in jobs:
-            job.home[job.key] = compiled[job.name]
+        compiled = self._compiled(kept, helpers)
+        homes: dict[str, dict] = {
+            "step": self._steps,
+            "load": self._loads,
+            "take": self._takes,
+            "hidden": self._hiddens,
+            "masked draw": self._masked_draws,
+            "edited draw": self._edited_draws,
+            "admit": self._admits,
+            "join": self._joins,
+        }
+        for program in self._programs:
+            homes[program.kind][program.key] = compiled[program.name]
         self._check_memory()
         if kept is not None:
             kept.keep(compiled)
+
+    def _compiled(self, kept: Executables | None, helpers: int) -> dict[str, Compiled]:
+        """The executables by name. Threads compile, which lets go of Python's lock, while this one lowers."""
+        options, names = OPTIONS | (kept.options if kept else {}), [program.name for program in self._programs]
+        recipe = Recipe(self.model, self.plan, self._mesh, self._implementation)
+        before = stack_size(_COMPILER_STACK)
+        try:
+            with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+                found = {} if kept is None else {n: got for n, got in zip(names, pool.map(kept.get, names), strict=True) if got is not None}
+                missing = [program for program in self._programs if program.name not in found]
+                made = {program.name: pool.submit(done.compile) for program, done in lowered(missing, options, recipe, helpers)}
+        finally:
+            stack_size(before)
+        return found | {name: future.result() for name, future in made.items()}
 
     def start(self, decoder: Decoder) -> None:
         """Takes the weights, allocates the cache and runs each shape once on padding, so that nothing is left for the first request.
@@ -178,60 +155,8 @@ class Runner:
         self._params = tuple(jax.tree.leaves(nnx.state(decoder)))
         self._cache = make_cache(self.plan, self.model, self._mesh)
         self._inboxes = self._zeros({b: jax.ShapeDtypeStruct((packed_size(b),), jnp.int32) for b in self._steps})
-        self._ports = {m: self._zeros(self._port_shapes(m)) for m in self._takes}
+        self._ports = {m: self._zeros(device.Ports.shapes(m, self.model, self.plan)) for m in self._takes}
         self._warm_up()
-
-    def _port_shapes(self, rows: int) -> device.Ports:
-        return device.Ports.shapes(rows, self.model, self.plan)
-
-    def _jobs(self) -> list["_Job"]:
-        s, f = self._state, jax.ShapeDtypeStruct
-        jobs, spare = [], device.pack_edits(None, self.plan.max_num_seqs, self.model.vocab_size)
-        cache = cache_shapes(self.plan, self.model, self._mesh)
-        out = jax.tree.map(lambda a: a.sharding, cache)
-        steps = sorted({*self.plan.buckets, self.plan.scored}, reverse=True)  # the slowest to compile first
-
-        def job(name, home, key, f, args, donate, out: Any = self._everywhere, options: dict[str, Any] | None = None):
-            abstract = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=getattr(a, "sharding", None) or self._everywhere), args
-            )
-            jobs.append(_Job(name, home, key, partial(jax.jit, f, donate_argnums=donate, out_shardings=out), abstract, options or {}))
-
-        precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
-        for b in steps:
-            ports, inbox = self._port_shapes(b.rows), f((packed_size(b),), jnp.int32)
-            args = (self._params, cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, ports, self._patch_S)
-            step = precision(partial(self._step, b))
-            special = _LARGE if b.chunk else REPEATED if self.plan.decode_steps > 1 else {}
-            job(str(b), self._steps, b, step, args, (1, 2, 3, 7), (out, *[self._everywhere] * 4), special)
-            job(f"{b}'s inbox", self._loads, b, _load, (inbox, inbox), (0,))
-        for m in sorted({b.rows for b in steps}):
-            ports = self._port_shapes(m)
-            how = (self._mesh, self._implementation)
-            job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_RM,), ())
-            job(f"hidden of {m}", self._hiddens, m, partial(jnp.array, dtype=jnp.float32), (ports.hidden_MD,), ())
-            args = (s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
-            job(f"masked draw of {m}", self._masked_draws, m, partial(device.draw_masked, *how), args, (0,))
-            args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, s.banned_SW, ports.head_3M, ports.logits_MV)
-            edited = partial(device.draw_edited, *how, count=self.plan.max_logprobs)
-            job(f"edited draw of {m}", self._edited_draws, m, edited, args, (0, 1))
-        packed = f((ADMITTED, device.row_width(self.plan)), jnp.int32)
-        job("admission", self._admits, "rows", device.admit, (s.table_SP, s.floats_SF, s.ints_SI, s.edits_SE, packed), (0, 1, 2, 3))
-        job("edits", self._admits, "edits", device.admit_edits, (s.edits_SE, s.counts_SV, s.in_prompt_SV, *spare), (0, 1, 2))
-        if self.patch is not None:
-            args = (self._patch_S, np.int32(0), self.patch.row(None))
-            job("patch data", self._admits, "patch", device.admit_patch, args, (0,))
-        for how in layout(self.model, self._mesh).joins:
-            job(f"joining {how.shapes} by {how.axes}", self._joins, how, how.__call__, (how.parts(self.plan.dtype),), (), how.sharding)
-        masks = f((ADMITTED,), jnp.int32), f((ADMITTED, s.banned_SW.shape[1]), jnp.int32)
-        job("masks", self._admits, "masks", device.admit_masks, (s.banned_SW, *masks), (0,))
-        return jobs
-
-    def _step(self, bucket: Bucket, params, *arrays):
-        """`arrays`: as `model_step` takes them, and what the rows bring for the patch."""
-        decoder = nnx.merge(self._graph, jax.tree.unflatten(self._tree, params))
-        *arrays, patch_S = arrays
-        return device.model_step(decoder, self.plan, self._mesh, self._implementation, bucket, *arrays, self.patch, patch_S)
 
     def _check_memory(self) -> None:
         """A step must fit beside weights and cache. It is XLA's own figure, not a trial run's."""
@@ -374,23 +299,3 @@ class Runner:
     def use(self, prepared: Prepared) -> None:
         """Steps from here on run with these parameters. Steps under way keep theirs."""
         self._params = prepared
-
-
-@dataclass(frozen=True)
-class _Job:
-    """One executable to compile, and where it goes."""
-
-    name: str
-    home: dict
-    key: Any
-    jit: Callable
-    args: tuple
-    options: dict[str, Any]
-
-    def lower(self, options: dict[str, Any]) -> Lowered:
-        # Donated ports are only written, so they must not be dropped as unused.
-        return self.jit(keep_unused=True, compiler_options=options | self.options).lower(*self.args)
-
-
-def _load(inbox: Array, packed: Array) -> Array:
-    return inbox.at[:].set(packed)

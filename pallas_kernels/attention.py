@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, overload
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels import attention_decode, attention_portable, attention_reference, attention_sm90_prefill
-from pallas_kernels.blocks import Decode, Prefill, Shape, blocks
+from pallas_kernels.blocks import Decode, Prefill, Shape, blocks, default_device
 from pallas_kernels.work import Rows, Shares, Tiles, Work, lanes, shares, tiles
 
 CORES = 132  # of an H200: what is planned for where no GPU says its own number, as in ahead-of-time compilation
@@ -96,7 +95,7 @@ def _refuse(implementation: str, head_dim: int, dtype, page_size: int, group: in
     """Raise unless the named implementation exists, can do this, and runs on the default device if that is a GPU."""
     if implementation not in IMPLEMENTATIONS:
         raise ValueError(f"implementation must be one of {', '.join(IMPLEMENTATIONS)}, got {implementation!r}")
-    reach, capability = IMPLEMENTATIONS[implementation], capability_of(jax.devices()[0])
+    reach, capability = IMPLEMENTATIONS[implementation], capability_of(default_device())
     if missing := misses(reach, head_dim, dtype, page_size, group, sinks, lse):
         raise NotImplementedError(f"attention {implementation!r} cannot take {missing}; leave implementation out to have one chosen")
     if capability is not None and reach.oldest is not None and not reach.oldest <= _version(capability) < reach.newest:
@@ -133,13 +132,13 @@ def plan_work(
         raise ValueError(f"window must be at least 1 token, got {window}")
     if not chunk and not decodes:
         raise ValueError("decodes is False in a step of 0 chunk lanes: there is nothing to attend")
-    capability = capability_of(jax.devices()[0])
+    capability = capability_of(default_device())
     shape: dict[str, Any] = dict(head_dim=head_dim, dtype=dtype, page_size=page_size, group=group, sinks=sinks, lse=lse)
     implementation = implementation or implementation_for(capability, **shape)
     _refuse(implementation, **shape)
     kernel = implementation != "reference"
     sizes = partial(Shape, head_dim, group, page_size, jnp.dtype(dtype).name, length=rows.table_MP.shape[1] * page_size)
-    kind = jax.devices()[0].device_kind
+    kind = default_device().device_kind
     decode, prefill = blocks("decode", kind, sizes(rows=rows.length_M.shape[0])), blocks("prefill", kind, sizes(rows=chunk))
     assert isinstance(decode, Decode) and isinstance(prefill, Prefill)
     return Work(
@@ -171,7 +170,7 @@ def _tiles(rows: Rows, implementation: str, group: int, prefill: Prefill, chunk:
 
 
 def _cores() -> int:
-    return getattr(jax.devices()[0], "core_count", CORES)
+    return getattr(default_device(), "core_count", CORES)
 
 
 @overload

@@ -15,7 +15,9 @@ import re
 from dataclasses import dataclass, fields
 from functools import cache
 from importlib.resources import files
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 
@@ -106,6 +108,12 @@ def default_prefill(head_dim: int, dtype) -> Prefill:
     if size == 2 and width in (64, 128):
         return {64: Prefill(128, 64, 8, 5), 128: Prefill(64, 32, 4, 4)}[width]
     return Prefill(128, 64, 8, 3) if width <= 128 else Prefill(64, 32, 8, 3)
+
+
+def default_device() -> Any:
+    """What runs what nobody sends elsewhere, and what is compiled for where nobody says otherwise."""
+    given = jax.config.jax_default_device  # a device, the name of a platform, or None
+    return jax.devices(given)[0] if given is None or isinstance(given, str) else given
 
 
 def file_name(device_kind: str) -> str:

@@ -11,6 +11,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.blocks import default_device
+
 FP8_MAX = 448.0
 
 
@@ -40,7 +42,7 @@ def write_kv(
     wanted = (slot_N.shape[0], kv_heads, head_dim)
     if k_NKH.shape != wanted or v_NKH.shape != wanted:
         raise ValueError(f"k and v must be {wanted} for slots {slot_N.shape}, pages {k_pages.shape}; got {k_NKH.shape}, {v_NKH.shape}")
-    implementation = implementation or ("portable" if jax.devices()[0].platform == "gpu" else "reference")
+    implementation = implementation or ("portable" if default_device().platform == "gpu" else "reference")
     if implementation not in ("reference", "portable", "sm90"):
         raise ValueError(f"implementation must be one of portable, sm90, reference, got {implementation!r}")
     k_NKH, v_NKH = _stored(k_NKH, k_pages.dtype, k_scale_K), _stored(v_NKH, v_pages.dtype, v_scale_K)
@@ -123,7 +125,7 @@ def turn_and_write(
     pairs = 0 if cos_sin is None else cos_sin[0].shape[-1]
     if 2 * pairs > head_dim:
         raise ValueError(f"cos_sin turns {2 * pairs} features, a head has {head_dim}")
-    if (implementation or ("portable" if jax.devices()[0].platform == "gpu" else "reference")) == "reference":
+    if (implementation or ("portable" if default_device().platform == "gpu" else "reference")) == "reference":
         return _turn_reference(k_pages, v_pages, qkv_PNF, slot_N, heads, bias_F, cos_sin, q_norm_H, k_norm_H, eps, offset)
     extras = {"bias": bias_F, "q_norm": q_norm_H, "k_norm": k_norm_H}
     if cos_sin is not None:

@@ -34,7 +34,7 @@ from jaxllm.batch import packed_size
 from jaxllm.cache import cache_shapes
 from jaxllm.decoder import Decoder
 from jaxllm.plan import Bucket, Plan
-from jaxllm.runner import REPEATED
+from jaxllm.programs import REPEATED
 from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step
 from pallas_kernels import blocks

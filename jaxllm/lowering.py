@@ -1,0 +1,219 @@
+"""Lowers programs: here, one after the other, and at the same time in other processes.
+
+Lowering is Python, which holds one lock a process: 1 to 3 s for a step whose kernels are Mosaic's, where XLA then needs seconds without
+the lock. A helper is a process that never touches the device. It knows the device from its description, builds the same programs, and
+answers a program's name with its StableHLO. Whatever a helper does not lower, for whatever reason, is lowered here.
+"""
+
+import contextlib
+import io
+import logging
+import os
+import pickle
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from jax.stages import Lowered
+
+from converters.checkpoint import tensor_shapes
+from converters.model_config import ModelConfig
+from jaxllm.decoder import Decoder
+from jaxllm.executables import settings
+from jaxllm.parallel import make_mesh
+from jaxllm.plan import Plan
+from jaxllm.programs import Program, programs
+from jaxllm.weights import WeightShapes
+
+log = logging.getLogger("jaxllm")
+
+EACH = 10  # programs that a helper must find to do, or it is not worth its start: 2 to 3 s, mostly imports
+MOST = 8  # helpers, of some 400 MB each: with more, XLA is what takes the time
+PATIENCE_S = 60.0  # without any answer, and nothing left to do here
+_PLACES = ("jax_platforms", "jax_cuda_visible_devices", "jax_default_device")  # settings that say where things run
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What programs are made from, where weights are of the plan's dtype and there is no patch."""
+
+    model: ModelConfig
+    plan: Plan
+    mesh: Mesh
+    implementation: str
+
+    def programs(self) -> list[Program]:
+        shapes = WeightShapes(tensor_shapes(self.model), self.mesh, self.plan.dtype)
+        return programs(Decoder(shapes, self.model), self.plan, self.mesh, self.implementation)
+
+    def described(self) -> bytes:
+        """For another process, which has not these devices but their description."""
+        devices = list(self.mesh.devices.flat)
+        topology = topologies.TopologyDescription(devices).serialize()
+        return pickle.dumps((settings(), topology, [d.id for d in devices], self.model, self.plan, self.implementation))
+
+    @classmethod
+    def read(cls, described: bytes) -> "Recipe":
+        """There. Everything is traced and lowered as if the described devices were this process's from here on."""
+        settings_there, topology, ids, model, plan, implementation = pickle.loads(described)
+        for name, value in settings_there.items():
+            if name not in _PLACES and jax.config.values.get(name) != value:
+                jax.config.update(name, value)
+        jax.devices()  # starts what the description is read with
+        by_id = {device.id: device for device in topologies.TopologyDescription.deserialize(topology).devices}
+        devices = [by_id[number] for number in ids]
+        jax.config.update("jax_default_device", devices[0])  # which kernels ask for, and for its capability
+        return cls(model, plan, make_mesh(devices), implementation)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A lowered program on its way between processes. arguments: what it was lowered for; out: the shapes of its results."""
+
+    stablehlo: bytes
+    arguments: list[tuple]
+    out: Any
+
+    @classmethod
+    def of(cls, program: Program) -> "Answer":
+        done = program.lower({})
+        inner: Any = done._lowering
+        extra = inner.const_args, inner.compile_args["keepalive"], inner.compile_args["host_callbacks"]
+        if any(extra):
+            raise ValueError(f"{program.name} is more than its text: {extra}")
+        text = io.BytesIO()
+        done.compiler_ir().operation.write_bytecode(text)
+        out = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), done.out_info)
+        return cls(text.getvalue(), arguments(program), out)
+
+    def adopted(self, program: Program, options: dict[str, Any]) -> Lowered:
+        """As `program.lower` would have made it. Raises ValueError if it was lowered for other arguments."""
+        if self.arguments != arguments(program):
+            raise ValueError(f"{program.name} was lowered for {self.arguments}, not for {arguments(program)}")
+
+        def stand_in(*_):
+            return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.out)
+
+        # No public way leads from a text to something that compiles with donation and places. What takes and gives the same has all else.
+        made = program.jit(stand_in, options).lower(*program.args)
+        module = made.compiler_ir()
+        made._lowering._hlo = type(module).parse(self.stablehlo, module.context)
+        return made
+
+
+def arguments(program: Program) -> list[tuple]:
+    return [(a.shape, str(a.dtype), str(getattr(a.sharding, "spec", ""))) for a in jax.tree.leaves(program.args)]
+
+
+def helpers_for(devices: Sequence[Any]) -> int:
+    """How many helpers a start may have. None on a CPU: its programs hold no kernels and are lowered in milliseconds."""
+    return min(MOST, (os.cpu_count() or 1) // 2) if devices[0].platform == "gpu" else 0
+
+
+def lowered(todo: Sequence[Program], options: dict[str, Any], recipe: Recipe, helpers: int = 0) -> Iterator[tuple[Program, Lowered]]:
+    """Each of `todo` once, the first ones begun first. recipe: what they were made from. helpers: at most; less to do, fewer helpers."""
+    with contextlib.closing(_Work(todo, recipe, min(helpers, len(todo) // EACH))) as work:
+        for _ in todo:
+            program, answer = work.next()
+            try:
+                done = answer and answer.adopted(program, options)
+            except ValueError as error:
+                log.warning("a helper's answer cannot be used: %s; lowering it here", error)
+                done = None
+            yield program, done or program.lower(options)
+
+
+class _Work:
+    """The programs that nobody has begun, and the helpers that take from them, each driven by a thread."""
+
+    def __init__(self, todo: Sequence[Program], recipe: Recipe, helpers: int):
+        self._waiting = deque(todo)
+        self._answers: queue.SimpleQueue[tuple[Program, Answer | None]] = queue.SimpleQueue()
+        self._over = False
+        self._processes = [_start() for _ in range(helpers)]
+        described = recipe.described() if helpers else b""
+        self._threads = [threading.Thread(target=self._drive, args=(process, described)) for process in self._processes]
+        for thread in self._threads:
+            thread.start()
+
+    def next(self) -> tuple[Program, Answer | None]:
+        """A program and what a helper made of it, or one that is to be lowered here. To be called once for each program."""
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._answers.get_nowait()
+            if (program := self._take()) is not None:
+                return program, None
+            with contextlib.suppress(queue.Empty):
+                return self._answers.get(timeout=PATIENCE_S)
+            log.warning("no helper has lowered anything for %.0f s: lowering what is left here", PATIENCE_S)
+            self.close()  # whereupon their threads hand back what they waited for
+
+    def close(self) -> None:
+        self._over = True
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        for thread in self._threads:
+            thread.join()
+
+    def _take(self) -> Program | None:
+        with contextlib.suppress(IndexError):
+            return self._waiting.popleft()
+        return None
+
+    def _drive(self, process: subprocess.Popen[bytes], described: bytes) -> None:
+        program = None
+        try:
+            with process:
+                _ask(process, described)  # it is ready then: what comes first should not wait for its imports
+                while (program := self._take()) is not None:
+                    answer = _ask(process, program.name)
+                    if isinstance(answer, str):
+                        log.warning("a helper could not lower %s (%s): lowering it here", program.name, answer)
+                    self._answers.put((program, answer if isinstance(answer, Answer) else None))
+                process.kill()
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            if not self._over:
+                log.warning("a helper ended too early (%r): lowering its programs here", error)
+            if program is not None:
+                self._answers.put((program, None))
+
+
+def _start() -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-c", "from jaxllm.lowering import help_out; help_out()"]
+    return subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def _ask(process: subprocess.Popen[bytes], question: Any) -> Any:
+    assert process.stdin is not None and process.stdout is not None
+    pickle.dump(question, process.stdin)
+    process.stdin.flush()
+    return pickle.load(process.stdout)
+
+
+def help_out() -> None:
+    """A helper's life: a recipe, then names, and an answer to each; a sentence for what cannot be lowered. It ends when stdin does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the end of stdin is what ends this
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what compilers print is no answer
+    ready: Any = "ready"
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        made = {program.name: program for program in Recipe.read(pickle.load(sys.stdin.buffer)).programs()}
+        while True:
+            pickle.dump(ready, answers)
+            answers.flush()
+            name = pickle.load(sys.stdin.buffer)
+            try:
+                ready = Answer.of(made[name])
+            except Exception as error:  # which this process's own try will raise, where it is understood
+                ready = f"{type(error).__name__}: {error}"

@@ -1,0 +1,145 @@
+"""Programs lowered by several processes: the same programs, whatever becomes of those processes."""
+
+import dataclasses
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax
+import pytest
+from engines import counted_compilations, make_plan
+from server_fixtures import STORIES
+from tiny import GOLDENS
+
+from converters.checkpoint import open_checkpoint
+from jaxllm import LLM, SamplingParams, lowering
+from jaxllm.lowering import MOST, Answer, Recipe, helpers_for, lowered
+from jaxllm.parallel import make_mesh
+
+
+def recipe(devices: int = 1, **changes) -> Recipe:
+    model = open_checkpoint(GOLDENS / "qwen2").config.for_context(48)
+    plan = make_plan(tensor_parallel_size=devices, **changes)
+    return Recipe(model, plan, make_mesh(jax.devices()[:devices]), "reference")
+
+
+def texts(made: Recipe, helpers: int) -> dict[str, str]:
+    return {program.name: done.as_text() for program, done in lowered(made.programs(), {}, made, helpers)}
+
+
+@pytest.fixture
+def helped(monkeypatch) -> SimpleNamespace:
+    """This process takes a program only when no helper will. adopted: the names of those that helpers lowered; processes: the helpers."""
+    seen = SimpleNamespace(adopted=[], processes=[])
+    adopt, start, take_turn = Answer.adopted, lowering._start, lowering._Work.next
+
+    def noted(self, program, options):
+        done = adopt(self, program, options)
+        seen.adopted.append(program.name)
+        return done
+
+    def started():
+        seen.processes.append(start())
+        return seen.processes[-1]
+
+    def after_the_helpers(self):
+        for thread in self._threads:
+            thread.join()
+        return take_turn(self)
+
+    monkeypatch.setattr(Answer, "adopted", noted)
+    monkeypatch.setattr(lowering, "_start", started)
+    monkeypatch.setattr(lowering._Work, "next", after_the_helpers)
+    return seen
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_helpers_lower_to_the_same_text(devices, helped):
+    made = recipe(devices)
+    assert texts(made, helpers=2) == texts(made, helpers=0)
+    assert sorted(helped.adopted) == sorted(program.name for program in made.programs())
+    assert [process.returncode is None for process in helped.processes] == [False, False]
+
+
+def test_an_engine_runs_what_helpers_lowered(helped, monkeypatch):
+    monkeypatch.setattr("jaxllm.loading.helpers_for", lambda devices: 2)
+    monkeypatch.setattr("jaxllm.loading.cache_folder", lambda: None)
+    with LLM(STORIES, dtype="float32", max_num_seqs=8) as llm, counted_compilations() as compilations:
+        (output,) = llm.generate("Once upon a time", SamplingParams(temperature=0, max_tokens=30), use_tqdm=False)
+    assert output.outputs[0].text.startswith(", there was a little girl named Lily.")
+    assert compilations == []
+    assert sum(name.startswith("step of") for name in helped.adopted) >= 5
+
+
+HELPERS = {
+    "ends at once": "",
+    "ends when it is asked": "import pickle, sys; r = sys.stdin.buffer; pickle.load(r); pickle.dump(0, sys.stdout.buffer)",
+    "says what nobody understands": "print('hello')",
+}
+
+
+@pytest.mark.parametrize("what", HELPERS)
+def test_what_a_broken_helper_took_is_lowered_here(what, monkeypatch, caplog):
+    start = lambda: subprocess.Popen([sys.executable, "-c", HELPERS[what]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: E731
+    monkeypatch.setattr(lowering, "_start", start)
+    made = recipe()
+    assert texts(made, helpers=2).keys() == {program.name for program in made.programs()}
+    assert "a helper ended too early" in caplog.text
+
+
+def test_a_silent_helper_is_given_up(monkeypatch, caplog):
+    silent = (
+        "import pickle, sys, time; pickle.load(sys.stdin.buffer); pickle.dump(0, sys.stdout.buffer); sys.stdout.flush(); time.sleep(600)"
+    )
+    processes = []
+
+    def start():
+        processes.append(subprocess.Popen([sys.executable, "-c", silent], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+        return processes[-1]
+
+    monkeypatch.setattr(lowering, "_start", start)
+    monkeypatch.setattr(lowering, "PATIENCE_S", 0.1)
+    made = recipe()
+    assert texts(made, helpers=1).keys() == {program.name for program in made.programs()}
+    assert "no helper has lowered anything" in caplog.text and processes[0].returncode is not None
+
+
+def test_programs_made_from_something_else_are_not_taken(helped, caplog):
+    made = recipe()
+    other = dataclasses.replace(made, plan=dataclasses.replace(made.plan, num_pages=7))
+    found = {program.name: done.as_text() for program, done in lowered(made.programs(), {}, other, 1)}
+    assert found == texts(made, helpers=0)
+    assert "step of 4 rows and 16 prompt tokens was lowered for" in caplog.text
+    assert "masks" in helped.adopted and "step of 4 rows and 16 prompt tokens" not in helped.adopted
+
+
+def test_a_program_that_cannot_be_lowered_fails_here(helped, caplog):
+    made = dataclasses.replace(recipe(), implementation="sm90")
+    with pytest.raises(NotImplementedError, match="cannot take"):
+        texts(made, helpers=1)
+    assert "a helper could not lower step of" in caplog.text
+    assert helped.processes[0].returncode is not None
+
+
+def test_a_helper_ends_with_the_process_that_asked():
+    helper = lowering._start()
+    assert helper.stdin is not None and lowering._ask(helper, recipe().described()) == "ready"
+    helper.stdin.close()
+    assert helper.wait(20) == 0
+    assert helper.stdout is not None
+    helper.stdout.close()
+
+
+def test_only_a_gpu_is_worth_helpers(monkeypatch):
+    gpu = SimpleNamespace(platform="gpu")
+    assert helpers_for(jax.devices()) == 0
+    for cores, wanted in ((1, 0), (4, 2), (64, MOST)):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        assert helpers_for([gpu]) == wanted
+
+
+def test_few_programs_are_lowered_here(monkeypatch):
+    monkeypatch.setattr(lowering, "_start", lambda: pytest.fail("a helper was started"))
+    made = recipe()
+    todo = made.programs()[: lowering.EACH - 1]
+    assert len(list(lowered(todo, {}, made, helpers=8))) == len(todo)
