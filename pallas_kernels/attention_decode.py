@@ -111,19 +111,20 @@ class _Options:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Row:
-    """A row that decodes. first: its first KV block inside the window, None if there is no window."""
+    """A row that decodes."""
 
     row: Array
     length: Array
-    first: Array | None
 
-    @property
-    def begin(self) -> Array:
-        return jnp.int32(0) if self.first is None else self.first
+    def begin(self, options: "_Options") -> Array:
+        """Its first KV block inside the window."""
+        if options.window is None:
+            return jnp.int32(0)
+        return lax.div(jnp.maximum(self.length - options.window, 0), jnp.int32(options.kv_block))
 
-    def end(self, kv_block: int) -> Array:
+    def end(self, options: "_Options") -> Array:
         """The KV block after its last."""
-        return lax.div(self.length + (kv_block - 1), jnp.int32(kv_block))
+        return lax.div(self.length + (options.kv_block - 1), jnp.int32(options.kv_block))
 
 
 @jax.tree_util.register_dataclass
@@ -147,9 +148,9 @@ def _kernel(options: _Options, names, q, k, v, table, row, cut, *rest):
     here = _line(refs.cut, CUT, worker)
     pl.when(here.idle > 0)(partial(_zeros, options, refs, worker))
     begin, stop = here.entry, _line(refs.cut, CUT[:1], worker + 1).entry
-    row = _Row(here.row, here.length, None if options.window is None else here.first)
+    row = _Row(here.row, here.length)
     page = here.page if options.paged else _pages(options, refs, row, here.block)
-    at = _Place(row, here.head, here.block, page, _row(options, refs, here.next))
+    at = _Place(row, here.head, here.block, page, _Row(here.next, here.next_length))
 
     @pl.when(begin < stop)
     def _():
@@ -161,11 +162,6 @@ def _kernel(options: _Options, names, q, k, v, table, row, cut, *rest):
 def _line(ref, names, place):
     """The numbers of a line of the plan, by name."""
     return SimpleNamespace(**{name: plt.load(ref.at[place, jnp.int32(column)]) for column, name in enumerate(names) if name != "unused"})
-
-
-def _row(options: _Options, refs, row) -> _Row:
-    line = _line(refs.row, ROW, row)
-    return _Row(row, line.length, None if options.window is None else line.first)
 
 
 def _pages(options: _Options, refs, here: _Row, block):
@@ -180,13 +176,13 @@ def _pages(options: _Options, refs, here: _Row, block):
 def _following(options: _Options, refs, at: _Place) -> _Place:
     """The next block of the flat list. All that it loads is for the turn after the next, but for the page."""
     block = at.block + 1
-    turned = block == at.here.end(options.kv_block)
+    turned = block == at.here.end(options)
     head = jnp.where(turned, at.head + 1, at.head)
     left = head == options.kv_heads
     here = jax.tree.map(partial(jnp.where, left), at.later, at.here)
-    block = jnp.where(turned, here.begin, block)
-    later = _row(options, refs, _line(refs.row, ROW, here.row).next)
-    return _Place(here, jnp.where(left, 0, head), block, _pages(options, refs, here, block), later)
+    block = jnp.where(turned, here.begin(options), block)
+    line = _line(refs.row, ROW, here.row)
+    return _Place(here, jnp.where(left, 0, head), block, _pages(options, refs, here, block), _Row(line.next, line.next_length))
 
 
 def _turn(options: _Options, refs, worker, stop, i, state):
@@ -207,7 +203,7 @@ def _turn(options: _Options, refs, worker, stop, i, state):
     index, live_RH = (at.here.row, at.head * group + line[:, None], feature[None, :]), (line < group)[:, None] & live_H[None, :]
     q_LRH = [plt.load(refs.q.at[(plane, *index)], mask=live_RH, other=0) for plane in range(options.planes)]
 
-    opens, closes = at.block == at.here.begin, at.block + 1 == at.here.end(options.kv_block)
+    opens, closes = at.block == at.here.begin(options), at.block + 1 == at.here.end(options)
     opened |= opens
     if "sinks" in refs.extras:
         sink_R = plt.load(refs.extras["sinks"].at[at.head * group + line], mask=line < group, other=LOW)

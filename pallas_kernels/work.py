@@ -52,13 +52,13 @@ class Lanes:
     position_N: Array
 
 
-# What a line of `Shares.row_MF` says of a row: its length, its first KV block inside the window, its KV blocks from there on (0 if it does
-# not decode), and the next row that decodes.
-ROW = ("length", "first", "count", "next")
+# What a line of `Shares.row_MF` says of a row: its KV blocks inside the window, 0 if it does not decode; the next row that decodes, and
+# the length of that one.
+ROW = ("count", "next", "next_length")
 # What a line of `Shares.cut_WF` says of the place where a worker begins: the entry of the list, its row, head and block, counted from the
-# row's begin, and the page of the block's first token; the row's length and first KV block, the next row, and how many rows do not decode;
-# if the cut is inside a (row, head), the first and the last worker that have a part of it, else -1. A line is 64 bytes.
-CUT = ("entry", "row", "head", "block", "page", "length", "first", "next", "idle", "opener", "closer", *["unused"] * 5)
+# row's begin, and the page of the block's first token; the row's length, the next row and its length; how many rows do not decode; if the
+# cut is inside a (row, head), the first and the last worker that have a part of it, else -1. A line is 64 bytes.
+CUT = ("entry", "row", "head", "block", "page", "length", "next", "next_length", "idle", "opener", "closer", *["unused"] * 5)
 
 
 @jax.tree_util.register_dataclass
@@ -141,6 +141,7 @@ def shares(rows: Rows, *, kv_heads: int, page_size: int, kv_block: int, window: 
     row_M = jnp.arange(count, dtype=jnp.int32)
     later_MM = (row_M[None, :] > row_M[:, None]) & decodes_M[None, :]
     next_M = jnp.min(jnp.where(later_MM, row_M[None, :], count - 1), axis=1)
+    row = {"count": count_M, "next": next_M, "next_length": rows.length_M[next_M]}
     worker_W1, total = jnp.arange(workers + 1, dtype=jnp.int32), start_M1[-1]
     entry_W1 = worker_W1 * (total // workers) + jnp.minimum(worker_W1, total % workers)  # worker * total would overflow int32
     row_W1 = jnp.minimum(_entry(start_M1, entry_W1), count - 1)
@@ -155,14 +156,12 @@ def shares(rows: Rows, *, kv_heads: int, page_size: int, kv_block: int, window: 
         "block": block_W1,
         "page": rows.table_MP[row_W1, place_W1],
         "length": rows.length_M[row_W1],
-        "first": first_W1,
-        "next": next_M[row_W1],
+        **{name: x_M[row_W1] for name, x_M in row.items()},
         "idle": jnp.sum(~decodes_M, dtype=jnp.int32),
         "opener": jnp.where(before_W1 > 0, holder(entry_W1 - before_W1), -1),
         "closer": jnp.where(before_W1 > 0, holder(entry_W1 - before_W1 + blocks_W1 - 1), -1),
         "unused": 0,
     }
-    row = {"length": rows.length_M, "first": first_M, "count": count_M, "next": next_M}
     return Shares(
         row_MF=jnp.stack([row[name] for name in ROW], axis=1),
         cut_WF=jnp.stack([jnp.broadcast_to(cut[name], worker_W1.shape) for name in CUT], axis=1),
