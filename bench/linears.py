@@ -1,9 +1,9 @@
 """Times the linear layers of a decode step on the GPU at hand, product by product: `python -m bench.linears [--tune] [--rows 1 8 64 256]`.
 
 Weights are cold: each call reads another copy, and all of them together are more than the second-level cache holds. A time is the median
-of a kernel's runs as JAX's profiler saw them, and beside it stands what reading the weights must take. `--tune` tries tiles for steps of
-one row, refuses those that compute anything else than float64 does, and writes the fastest into the package's `tuning/linear/` folder.
-For more rows the tile in use is timed, with XLA's own product beside it.
+of a kernel's runs as JAX's profiler saw them, and beside it stands what reading the weights must take. Before it is timed, whatever is
+ours is compared with float64. `--tune` tries tiles for steps of one row and writes the fastest into the package's `tuning/linear/` folder;
+for more rows the tile in that folder is timed beside XLA's own product, and marked as compared.
 """
 
 import argparse
@@ -30,10 +30,12 @@ from bench.workloads import MACHINES, SHAPES, Shape
 from pallas_kernels.blocks import file_name
 from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
 from pallas_kernels.matmul_one_row import Tile, linear
+from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows_linear
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "llama-3.1-8b")
 COLD = 200e6  # bytes of weights between two reads of the same one
+RIGHT = 1e-2  # share of an error that rounding to bfloat16 explains
 WIDEST = 2**15  # weights of a turn: what registers hold
 CANDIDATES = [
     Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
@@ -68,7 +70,7 @@ class Call:
     @classmethod
     def draw(cls, product: Product, name: str, rows: int) -> "Call":
         key, size = jax.random.key(1), (product.features * (1 + product.gated), product.inputs)
-        copies = max(2, min(48, int(COLD / (2 * size[0] * size[1])) + 1))
+        copies = max(2, min(48, int(COLD / cls.bytes(product)) + 1))
         weights = [jax.random.normal(jax.random.fold_in(key, i), size, jnp.bfloat16) * product.inputs**-0.5 for i in range(copies)]
         x = jax.random.normal(jax.random.fold_in(key, 100), (rows, product.inputs), jnp.bfloat16)
         if rows > 1:
@@ -80,7 +82,7 @@ class Call:
     def meant(self) -> np.ndarray:
         x, weight = np.asarray(self.x, np.float64), np.asarray(self.weights[0], np.float64)
         if "norm_D" in self.around:
-            x = x / np.sqrt((x * x).mean() + 1e-6) * np.asarray(self.around["norm_D"], np.float64)
+            x = x / np.sqrt((x * x).mean(-1, keepdims=True) + 1e-6) * np.asarray(self.around["norm_D"], np.float64)
         y = x @ weight.T
         if self.product.gated:
             gate, up = np.split(y, 2, axis=1)
@@ -91,8 +93,9 @@ class Call:
     def act(self) -> Callable[[jax.Array], jax.Array] | None:
         return jax.nn.silu if self.product.gated else None
 
-    def floor_us(self, read: float) -> float:
-        return 1e6 * self.weights[0].nbytes / read
+    @staticmethod
+    def bytes(product: Product) -> int:
+        return 2 * product.features * (1 + product.gated) * product.inputs
 
 
 def candidates(product: Product) -> list[Tile]:
@@ -137,7 +140,8 @@ def compiled(call: Call, run: Callable) -> Callable:
 
 def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
     """The fastest tile of one row, as the tuning file has it."""
-    call, tiles = Call.draw(product, name, 1), candidates(product)
+    used = one_row_tile(kind, product)
+    call, tiles = Call.draw(product, name, 1), list(dict.fromkeys([used, *candidates(product)]))
 
     def made(tile: Tile) -> Callable:
         return compiled(call, lambda x, weight, around: linear(x, weight, tile=tile, act=call.act, eps=1e-6, **around))
@@ -145,50 +149,52 @@ def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
     with ThreadPoolExecutor() as pool:
         runs = list(pool.map(made, tiles))
     meant = call.meant()
-    right = [i for i, run in enumerate(runs) if apart(run(call.x, call.weights[0], call.around), meant) < 1e-2]
-    if len(right) < len(tiles):
-        raise SystemExit(f"{product}: these tiles compute something else: {[t for i, t in enumerate(tiles) if i not in right]}")
+    if wrong := [t for t, run in zip(tiles, runs, strict=True) if not apart(run(call.x, call.weights[0], call.around), meant) < RIGHT]:
+        raise SystemExit(f"{product}: these tiles compute something else: {wrong}")
     times = timed(runs, call)
-    best = min(range(len(tiles)), key=lambda i: times[i])
-    used = one_row_tile(kind, product)
-    before = times[tiles.index(used)] if used in tiles else None
-    print(f"{name:8} {product}: {tiles[best]} {times[best]:.2f} us, in use {used}: {before}, reading {call.floor_us(_read(kind)):.2f}")
-    print("         " + ", ".join(f"{astuple(tiles[i])} {times[i]:.2f}" for i in sorted(range(len(tiles)), key=lambda i: times[i])[:8]))
-    row = {"rows": 1, "features": product.features, "inputs": product.inputs, "gated": product.gated}
-    return row | {"tile": [int(n) for n in astuple(tiles[best])], "us": round(times[best], 2)}
+    order = sorted(range(len(tiles)), key=lambda i: times[i])
+    reading = 1e6 * Call.bytes(product) / MACHINES[kind].read
+    print(f"{name:8} {product}: in use {astuple(used)} {times[0]:.2f} us; reading {reading:.2f}; tried:")
+    print("         " + ", ".join(f"{astuple(tiles[i])} {times[i]:.2f}" for i in order[:8]), flush=True)
+    return tuned(product, 1, tiles[order[0]], times[order[0]])
 
 
-def compare(kind: str, model: str, name: str, product: Product, rows: int) -> list[record.Row]:
-    """What is in use for so many rows, and XLA's product, as rows."""
-    call = Call.draw(product, name, rows)
-    runs = {"xla": lambda x, weight, around: jnp.einsum("nd,fd->nf", x, weight)}
-    if rows == 1:
-        runs["ours"] = lambda x, weight, around: linear(x, weight, tile=one_row_tile(kind, product), act=call.act, eps=1e-6, **around)
-    elif tile := many_rows_tile(kind, rows, product):
-        runs["ours"] = partial(_many_rows, tile, call.act)
-    found = []
-    for who, run in runs.items():
-        (us,) = timed([compiled(call, run)], call)
-        common = {"model": model, "product": name, "batch": rows, "dtype": "bfloat16", "by": who, "tp": 1}
-        found.append(
-            {"name": "linear_us", "value": record.rounded(us), "unit": "us", "limit": record.rounded(call.floor_us(_read(kind)))} | common
-        )
-        print(record.describe(found[-1]), flush=True)
-    return found
+def compare(kind: str, model: str, name: str, product: Product, rows: int) -> tuple[list[record.Row], dict[str, Any] | None]:
+    """What is in use for so many rows, and XLA's product, as rows; and the tuning file's row, if that is one of it."""
+    call, floor = Call.draw(product, name, rows), record.rounded(1e6 * Call.bytes(product) / MACHINES[kind].read)
+    common = {"model": model, "product": name, "batch": rows, "dtype": "bfloat16", "tp": 1, "limit": floor}
+    runs = {"xla": compiled(call, lambda x, weight, around: jnp.einsum("nd,fd->nf", x, weight))}
+    tile = many_rows_tile(kind, rows, product, trial=True) if rows > 1 else one_row_tile(kind, product)
+    if tile is not None:
+        runs["ours"] = compiled(call, partial(_ours, tile, call.act))
+        if (error := apart(runs["ours"](call.x, call.weights[0], call.around), call.meant())) > RIGHT:
+            raise SystemExit(f"{name} of {model}, {rows} rows: {tile} computes something else, {error:.2g} of it")
+    found = [
+        {"name": "linear_us", "value": record.rounded(timed([run], call)[0]), "unit": "us", "by": by} | common for by, run in runs.items()
+    ]
+    for row in found:
+        print(f"{name:8} {row['by']:5}", record.describe(row), flush=True)
+    lines = {8: 8, 64: 64, 256: 256}.get(rows)
+    return found, tuned(product, lines, tile, found[-1]["value"]) if tile is not None and lines else None
 
 
-def _many_rows(tile, act, x, weight, around):
+def _ours(tile: Tile | ManyTile, act, x, weight, around):
+    if isinstance(tile, Tile):
+        return linear(x, weight, tile=tile, act=act, eps=1e-6, **around)
     return many_rows_linear(x, weight, tile=tile, act=act)
 
 
-def _read(kind: str) -> float:
-    return MACHINES[kind].read
+def tuned(product: Product, rows: int, tile: Tile | ManyTile, us: float) -> dict[str, Any]:
+    """A row of the tuning file."""
+    row = {"rows": rows, "features": product.features, "inputs": product.inputs, "gated": product.gated}
+    return row | {"tile": [int(n) for n in astuple(tile)], "us": round(us, 2), "compared": True}
 
 
 def write(kind: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     """Puts rows into the device's tuning file, in place of those of the same rows and product."""
     path = folder / file_name(kind)
     head = {"device": kind, "tile": "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks"}
+    head["compared"] = "with float32 or more on a GPU; no engine takes the others"
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []
 
     def key(row: dict[str, Any]) -> tuple:
@@ -216,18 +222,17 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(
             f"this times kernels of an NVIDIA GPU whose limits are known ({', '.join(MACHINES)}), and here is {device.device_kind}"
         )
-    kind = device.device_kind
+    kind, folder = device.device_kind, Path(pallas_kernels.__file__).parent / "tuning" / "linear"
     if args.tune:
-        folder = Path(pallas_kernels.__file__).parent / "tuning" / "linear"
         found = [tune(kind, name, product) for model in args.model for name, product in products(model).items()]
         print(f"written: {write(kind, found, folder)}; the next process takes them")
         return
     command = record.command("python -m bench.linears", argv, args.results)
     for model in args.model:
-        rows = [
-            row for name, product in products(model).items() for count in args.rows for row in compare(kind, model, name, product, count)
-        ]
-        record.save("linears", kind, command, rows, args.results)
+        for count in args.rows:
+            made = [compare(kind, model, name, product, count) for name, product in products(model).items()]
+            record.save("linears", kind, command, [row for rows, _ in made for row in rows], args.results)
+            write(kind, [row for _, row in made if row is not None], folder)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,19 +44,19 @@ class Bench:
         one = self._median(lengths, [1] * batch)
         all_ = self._median(lengths, [1 + workloads.DECODE_STEPS] * batch)
         milliseconds = 1e3 * (all_ - one) / workloads.DECODE_STEPS
-        return self._row("decode_step_ms", milliseconds, "ms", batch=batch, context=workloads.DECODE_CONTEXT)
+        return self.row("decode_step_ms", milliseconds, "ms", batch=batch, context=workloads.DECODE_CONTEXT)
 
     def prefill(self, prompt: int) -> record.Row:
         """Prompt tokens a second, for 16 prompts of `prompt` tokens."""
         batch = workloads.PREFILL_BATCH
         seconds = self._median([prompt] * batch, [1] * batch)
-        return self._row("prefill_tok_s", batch * prompt / seconds, "tok/s", batch=batch, context=prompt)
+        return self.row("prefill_tok_s", batch * prompt / seconds, "tok/s", batch=batch, context=prompt)
 
     def mix(self, *, sampled: bool) -> record.Row:
         """Seconds that MIX takes, once: it is long enough to need no repetition."""
         prompts, outputs = (lengths.tolist() for lengths in workloads.mix_lengths())
         seconds = self.seconds(prompts, outputs, SAMPLED if sampled else GREEDY)
-        return self._row("mix_sampled_s" if sampled else "mix_s", seconds, "s", batch=len(prompts), tokens=sum(prompts) + sum(outputs))
+        return self.row("mix_sampled_s" if sampled else "mix_s", seconds, "s", batch=len(prompts), tokens=sum(prompts) + sum(outputs))
 
     def warm_up(self) -> None:
         """Touches what a first request touches (pages, caches of the host) before anything is timed."""
@@ -66,10 +66,11 @@ class Bench:
     def _median(self, prompts: list[int], outputs: list[int]) -> float:
         return statistics.median(self.seconds(prompts, outputs, GREEDY) for _ in range(self._repeats))
 
-    def seconds(self, prompts: list[int], outputs: list[int], how: SamplingParams) -> float:
-        """How long it takes until all requests, submitted at once, are answered. Lengths in tokens."""
+    def seconds(self, prompts: list[int], outputs: list[int], how: SamplingParams | Sequence[SamplingParams]) -> float:
+        """How long it takes until all requests, submitted at once, are answered. Lengths in tokens. how: one for all, or one each."""
         tokens = workloads.random_prompts(self._rng, prompts, self._vocab)
-        params = [how.with_defaults(max_tokens=length) for length in outputs]
+        hows = [how] * len(outputs) if isinstance(how, SamplingParams) else how
+        params = [each.with_defaults(max_tokens=length) for each, length in zip(hows, outputs, strict=True)]
         start = time.perf_counter()
         answers = self._llm.generate(tokens, params, use_tqdm=False)
         seconds = time.perf_counter() - start
@@ -80,7 +81,7 @@ class Bench:
             )
         return seconds
 
-    def _row(self, name: str, value: float, unit: str, **measured_on: Any) -> record.Row:
+    def row(self, name: str, value: float, unit: str, **measured_on: Any) -> record.Row:
         row = {"name": name, "value": record.rounded(value), "unit": unit} | self._common | measured_on
         extra = {
             "limit": record.rounded(workloads.limit(self.device, self.shape, row)),

@@ -191,6 +191,9 @@ class _Timed:
     def __init__(self, handle, turner: Turner):
         self._handle, self._turner = handle, turner
 
+    def draw(self):
+        self._handle.draw()
+
     def read(self):
         start = time.perf_counter()
         result = self._handle.read()
@@ -249,7 +252,7 @@ def main(argv: list[str] | None = None) -> None:
 
     with workloads.model_folder(args.model) as (folder, config):
         # A turn is to be a step, so that steps can be counted.
-        options = {"num_scheduler_steps": 1} | offline.options(args, longest, most)
+        options: dict[str, Any] = {"num_scheduler_steps": 1} | offline.options(args, longest, most)
         parts = load_engine_parts(EngineConfig(model=folder, **options))
 
         import jax

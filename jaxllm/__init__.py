@@ -7,10 +7,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 _HOMES = {
+    "BeamSearchParams": "jaxllm.beam",
     "LLM": "jaxllm.llm",
     "Engine": "jaxllm.engine",
     "EngineConfig": "jaxllm.config",
     "SamplingParams": "jaxllm.request",
+    "StructuredOutputs": "jaxllm.request",
     "Request": "jaxllm.request",
     "Output": "jaxllm.request",
     "Completion": "jaxllm.request",
@@ -26,6 +28,7 @@ _HOMES = {
 }
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "Completion",
     "ConfigError",
     "Engine",
@@ -40,12 +43,14 @@ __all__ = [
     "Request",
     "RequestError",
     "SamplingParams",
+    "StructuredOutputs",
     "load",
 ]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from converters.model_config import ModelConfig as ModelConfig
+    from jaxllm.beam import BeamSearchParams as BeamSearchParams
     from jaxllm.config import EngineConfig as EngineConfig
     from jaxllm.engine import Engine as Engine
     from jaxllm.llm import LLM as LLM
@@ -59,6 +64,7 @@ if TYPE_CHECKING:
     from jaxllm.request import Request as Request
     from jaxllm.request import RequestError as RequestError
     from jaxllm.request import SamplingParams as SamplingParams
+    from jaxllm.request import StructuredOutputs as StructuredOutputs
     from jaxllm.research import Model as Model
     from jaxllm.research import load as load
 

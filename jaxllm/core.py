@@ -1,4 +1,4 @@
-"""The engine's turn: take what arrived, dispatch the next step, read the step before it, hand out what is new.
+"""The engine's turn: take what was compiled, dispatch the next step, read the step before it, hand out what is new, draw what waited.
 
 `Core` is synchronous and owns the scheduler and every running request's text; a thread (Engine) or a test calls `turn`.
 Step n+1 is dispatched before step n's tokens are read, so a row may run once more after its last token: that late token
@@ -6,12 +6,16 @@ is dropped. Every sequence ends exactly once, in `_end`.
 """
 
 import itertools
+import logging
 import random
+import time
 from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from jaxllm.batch import StepResult
+from jaxllm.grammar import COMPILE_S, Compiled, Grammars, too_slow
 from jaxllm.mask import mask_of
 from jaxllm.metrics import Metrics, Times
 from jaxllm.pages import ROOT, digest
@@ -34,12 +38,26 @@ from jaxllm.scheduler import Row, Scheduler, Sequence, Step
 from jaxllm.text import Detokenizer, Tokenizer
 from jaxllm.vectors import unit
 
-Listener = Callable[[Output], None]
+log = logging.getLogger("jaxllm")
+
+FORM_WAIT_S = 0.002  # at a time, with nothing else to do, for a form to be compiled
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """What the listener of a request hears that was taken and yet can never be served, because its form cannot be honoured."""
+
+    request_id: str
+    error: RequestError
+
+
+Listener = Callable[[Output | Refusal], None]
 
 
 class Handle(Protocol):
-    """A step under way; `read` waits for what it found out."""
+    """A step under way. `draw` chooses tokens where that waited for those of the step before; `read` waits for what it found out."""
 
+    def draw(self) -> None: ...
     def read(self) -> StepResult: ...
 
 
@@ -82,7 +100,17 @@ class _Live:
     left: int
     prompt_logprobs: dict[int, TokenLogprobs] | None  # by place in the prompt, until they are all there and told
     times: Times
+    queued: bool = False  # does the scheduler know of it?
     embedding: tuple[float, ...] | None = None
+
+
+@dataclass
+class _Forming:
+    """A request that waits for its form to be compiled, until a time of time.monotonic."""
+
+    live: _Live
+    form: Future[Compiled]
+    until: float
 
 
 class Core:
@@ -111,6 +139,8 @@ class Core:
         self._max_queued = max_queued
         self._metrics = Metrics()
         self._live: dict[str, _Live] = {}
+        self._grammars = None if tokenizer is None else Grammars(tokenizer, vocab_size, eos_ids)
+        self._forming: dict[str, _Forming] = {}
         self._flight: tuple[Step, Handle] | None = None
         self._seeds = random.Random(seed)
         self._counts = {"prompt_tokens": 0, "generation_tokens": 0}
@@ -118,7 +148,7 @@ class Core:
     # ------------------------------------------------------------------ the door
 
     def check(self, request: Request) -> None:
-        """Raises RequestError for what can never be served."""
+        """Raises RequestError for what can never be served; whether its form can be honoured, only compiling it says."""
         self.limits.check(request)
         if request.patch and self._patch is None:
             raise RequestError(
@@ -127,8 +157,16 @@ class Core:
         if self._patch is not None:
             self._patch.row(request.patch)
 
+    def check_form(self, request: Request) -> None:
+        """Compiles the form that the request asks for, in this thread's time. Raises RequestError if it cannot be honoured."""
+        if self._grammars is not None and request.params.structured_outputs is not None:
+            self._grammars.check(request.params.structured_outputs)
+
     def add(self, request: Request, listener: Listener) -> None:
-        """Queues a request; `listener` gets its outputs, from the thread that calls `turn`. Raises OverloadedError if the queue is full."""
+        """Queues a request, once its form is compiled if it asks for one; `listener` gets its outputs, from the thread that calls `turn`.
+
+        Raises OverloadedError if the queue is full.
+        """
         self.check(request)
         if request.id in self._live:
             raise RequestError(f"request id {request.id!r} is already running", "request_id")
@@ -140,20 +178,57 @@ class Core:
         longest = self.plan.max_model_len
         limit = longest if params.max_tokens is None else min(longest, len(request.prompt_token_ids) + params.max_tokens)
         seed = self._seeds.getrandbits(63) if params.seed is None else params.seed
-        mask = mask_of(params, self.limits.vocab_size, self._tokenizer)
+        mask = mask_of(params, self.limits.vocab_size, self._tokenizer, self.eos_ids)
+        asked, form = params.structured_outputs, None
+        if asked is not None and self._grammars is not None and (form := self._grammars.compiled(asked)).done():
+            form.result()  # which refuses what it could not compile
         root = ROOT if request.cache_salt is None else digest(request.cache_salt.encode(), ())
         root = root if self._patch is None else digest(root + self._patch.digest(request.patch), ())
         sequences = [Sequence(request, i, seed + i, limit, stop_ids, root) for i in range(params.n)]
         answers = [_Answer(s, self._tokenizer and Detokenizer(self._tokenizer, request.prompt_token_ids, params)) for s in sequences]
-        scores = None if params.prompt_logprobs is None else {}
-        self._live[request.id] = _Live(request, listener, answers, params.n, scores, self._metrics.arrive())
-        self._counts["prompt_tokens"] += len(request.prompt_token_ids)
         for sequence in sequences:
             sequence.mask = mask
+        scores = None if params.prompt_logprobs is None else {}
+        live = self._live[request.id] = _Live(request, listener, answers, params.n, scores, self._metrics.arrive())
+        if form is None or form.done():
+            self._queue(live, form and form.result())
+        else:
+            self._forming[request.id] = _Forming(live, form, time.monotonic() + COMPILE_S)
+
+    def _queue(self, live: _Live, form: Compiled | None) -> None:
+        """Hands the request to the scheduler. Each answer has a matcher of its own, to follow its tokens."""
+        live.queued = True
+        self._counts["prompt_tokens"] += len(live.request.prompt_token_ids)
+        for sequence in [answer.sequence for answer in live.answers]:
+            if form is not None and sequence.mask is not None:
+                sequence.mask = sequence.mask.following(form)
             self._scheduler.add(sequence)
 
+    def _queue_compiled(self) -> None:
+        """Queues the requests whose forms are there, and refuses those whose forms will not be."""
+        for request_id, forming in list(self._forming.items()):
+            live, form = forming.live, forming.form
+            if not form.done() and time.monotonic() < forming.until:
+                continue
+            del self._forming[request_id]
+            asked = live.request.params.structured_outputs
+            assert asked is not None
+            error = form.exception() if form.done() else too_slow(asked)
+            if isinstance(error, RequestError):
+                del self._live[request_id]
+                live.listener(Refusal(request_id, error))
+            else:
+                self._queue(live, form.result())
+
+    def _await_form(self) -> bool:
+        """Waits a moment for a form that is being compiled. False if none is."""
+        if self._forming:
+            wait([forming.form for forming in self._forming.values()], FORM_WAIT_S, FIRST_COMPLETED)
+        return bool(self._forming)
+
     def _check_room(self, count: int) -> None:
-        if self._max_queued is not None and (queued := self._scheduler.queued + count) > self._max_queued:
+        forming = sum(forming.live.left for forming in self._forming.values())
+        if self._max_queued is not None and (queued := self._scheduler.queued + forming + count) > self._max_queued:
             self._metrics.ended["refused"] += 1
             raise OverloadedError(
                 f"the queue is full: with this request {queued} would wait, and at most {self._max_queued} may; try again later"
@@ -161,6 +236,7 @@ class Core:
 
     def abort(self, request_id: str, reason: FinishReason = "abort") -> None:
         """Ends a request now and gives its pages back. Does nothing if it has ended already."""
+        self._forming.pop(request_id, None)
         if (live := self._live.get(request_id)) is not None:
             for answer in live.answers:
                 if not answer.sequence.finished:
@@ -178,6 +254,7 @@ class Core:
 
     def turn(self) -> bool:
         """One step out, one step in. False if there was nothing to do."""
+        self._queue_compiled()
         step = self._scheduler.next()
         flight, self._flight = self._flight, None
         if step is not None:
@@ -186,7 +263,9 @@ class Core:
             self._flight = step, self._runner.run(step)
         if flight is not None:
             self._take(*flight)
-        return step is not None or flight is not None
+        if self._flight is not None:
+            self._flight[1].draw()
+        return step is not None or flight is not None or self._await_form()
 
     def _take(self, step: Step, handle: Handle) -> None:
         result = handle.read()
@@ -212,6 +291,11 @@ class Core:
 
     def _take_token(self, live: _Live, answer: _Answer, token: int) -> None:
         sequence = answer.sequence
+        if sequence.mask is not None and token not in sequence.stop_ids:
+            sequence.mask.take(token)
+        if sequence.mask is not None and sequence.mask.fault is not None:
+            self._fail(live, answer, sequence.mask.fault)
+            return
         sequence.tokens.append(token)
         sequence.pending -= 1
         self._counts["generation_tokens"] += 1
@@ -240,16 +324,26 @@ class Core:
             answer.text.append(detokenizer.push([token]))
             if detokenizer.stopped is not None:
                 return "stop", detokenizer.stopped
-        if len(sequence.tokens) < sequence.limit:
+        complete = sequence.mask is not None and sequence.mask.over
+        if len(sequence.tokens) < sequence.limit and not complete:
             return None, None
         if detokenizer:
             answer.text.append(detokenizer.finish())
-        return "length", None
+        return "stop" if complete else "length", None
 
     # ------------------------------------------------------------------ telling
 
+    def _fail(self, live: _Live, answer: _Answer, why: str) -> None:
+        """Ends one answer in an error, and no other."""
+        why = f"structured_outputs could not be followed to the end: {why}"
+        log.warning("request %s: %s", live.request.id, why)
+        self._end(live, answer, "error", why)
+
     def _end(self, live: _Live, answer: _Answer, reason: FinishReason, stop: str | int | None = None) -> None:
-        self._scheduler.finish(answer.sequence)
+        if live.queued:
+            self._scheduler.finish(answer.sequence)
+        else:
+            answer.sequence.finished = True
         live.left -= 1
         if not live.left:
             del self._live[live.request.id]
@@ -308,7 +402,7 @@ class Core:
         s, pool = self._scheduler, self._scheduler.pool
         return Stats(
             len(s.running),
-            len(s.waiting),
+            len(s.waiting) + sum(forming.live.left for forming in self._forming.values()),
             pool.size,
             pool.free,
             pool.cached,

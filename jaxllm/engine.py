@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 import jax
 
 from jaxllm.config import EngineConfig
-from jaxllm.core import Core
+from jaxllm.core import Core, Refusal
 from jaxllm.loading import Loaded, load_engine_parts
 from jaxllm.patch import Patch
 from jaxllm.plan import Plan
@@ -86,6 +86,10 @@ class Engine:
         return self.plan.max_model_len
 
     @property
+    def eos_ids(self) -> frozenset[int]:
+        return self._core.eos_ids
+
+    @property
     def vocab_size(self) -> int:
         return self._core.limits.vocab_size
 
@@ -97,15 +101,17 @@ class Engine:
         return self._core.stats()
 
     def check(self, request: Request) -> None:
-        """Raises RequestError for what can never be served."""
+        """Raises RequestError for what can never be served. Compiles its structured_outputs, if it has any, which may take a while."""
         self._core.check(request)
+        self._core.check_form(request)
 
     def submit(self, request: Request, sink: Sink) -> None:
         """Queues a request. `sink` gets its outputs, or one exception, from the engine's thread; it must not block.
 
-        Raises RequestError for what can never be served, EngineDeadError after the engine has stopped.
+        Raises RequestError for what can never be served (of a form that cannot be honoured the sink hears), EngineDeadError after the
+        engine has stopped.
         """
-        self.check(request)
+        self._core.check(request)
         self._send(lambda: self._add(request, sink))
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
@@ -183,9 +189,12 @@ class Engine:
         else:
             self._sinks[request.id] = sink
 
-    def _hear(self, output: Output) -> None:
-        sink = self._sinks.pop(output.request_id) if output.finished else self._sinks[output.request_id]
-        sink(output)
+    def _hear(self, heard: Output | Refusal) -> None:
+        if isinstance(heard, Refusal):
+            self._sinks.pop(heard.request_id)(heard.error)
+        else:
+            sink = self._sinks.pop(heard.request_id) if heard.finished else self._sinks[heard.request_id]
+            sink(heard)
 
     def _loop(self) -> None:
         try:

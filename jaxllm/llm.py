@@ -8,6 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from jaxllm.beam import BeamSearchOutput, BeamSearchParams, BeamSearchSequence, search
 from jaxllm.config import EngineConfig
 from jaxllm.engine import Engine
 from jaxllm.patch import Patch
@@ -74,6 +75,24 @@ class LLM:
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         prompts = [self.tokenizer.chat(c, **template) for c in conversations]
         return self.generate(prompts, sampling_params, patch=patch, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of every prompt that a beam search finds, in input order. Raises RequestError as `generate` does."""
+        most = self.engine.plan.max_logprobs
+        if 2 * params.beam_width > most:
+            wanted = f"{2 * params.beam_width} log-probabilities a token, but this engine gives at most {most}"
+            raise RequestError(f"beam_width {params.beam_width} needs {wanted}: start it with max_logprobs={2 * params.beam_width}")
+        ids = [self._request(prompt, SamplingParams()).prompt_token_ids for prompt in _as_list(prompts)]
+        engine = self.engine
+        found = search(ids, params, lambda many, one: self.generate(many, one, use_tqdm=use_tqdm), engine.eos_ids, engine.max_model_len)
+        return [BeamSearchOutput(tuple(self._told(beam) for beam in beams)) for beams in found]
+
+    def _told(self, beam: BeamSearchSequence) -> BeamSearchSequence:
+        """With its text, and why it ended."""
+        text = None if self.tokenizer is None else self.tokenizer.decode(beam.tokens)
+        return replace(beam, text=text, finish_reason=beam.finish_reason or "length")
 
     def update_params(self, params: Params) -> None:
         """Serves these parameters from now on, as Engine.update_params says."""

@@ -7,6 +7,7 @@ JaxllmError
 └── EngineDeadError    the engine stopped; nothing will be answered any more: a 503
 """
 
+import json
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ MAX_BIAS = 300  # logit_bias entries a row keeps on the device
 MAX_BAD_WORDS = 128  # each is compared with the text so far before every token
 MAX_SALT = 128  # characters
 MAX_STOP_IDS = 64  # stop and eos ids a row keeps on the device, to ban them before min_tokens
+MAX_GRAMMAR = 200_000  # characters of a grammar or schema: llguidance reads about as many in a tenth of a second
 
 
 class JaxllmError(Exception):
@@ -47,6 +49,52 @@ class EngineDeadError(JaxllmError, RuntimeError):
 
 
 @dataclass(frozen=True)
+class StructuredOutputs:
+    """The form an answer must have: exactly one of these, with vLLM's names.
+
+    json: a JSON schema, as text or as the object it is; kept as text. regex: the whole answer matches it (Rust's syntax, without
+    lookaround). choice: it is one of these texts. grammar: it is a `start` of this llguidance grammar, which is much like Lark's, may
+    embed schemas (`%json {...}`) and name special tokens (`<|name|>`). json_object: it is some JSON object.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+    def __post_init__(self):
+        if self.json is not None and not isinstance(self.json, str):
+            object.__setattr__(self, "json", json.dumps(self.json))
+        if self.choice is not None:
+            object.__setattr__(self, "choice", tuple(self.choice))
+        if self.json_object is False:
+            object.__setattr__(self, "json_object", None)
+        if len(self.named) != 1:
+            listed = ", ".join(self.named) or "none"
+            raise RequestError(
+                f"structured_outputs must hold exactly one of json, regex, choice, grammar and json_object, but it holds {listed}",
+                "structured_outputs",
+            )
+        if (not self.choice and self.choice is not None) or any(not text for text in self.choice or ()):
+            raise RequestError("structured_outputs.choice must name at least one text, and none that is empty", "structured_outputs")
+        if (size := sum(map(len, self.choice)) if self.choice else len(str(getattr(self, self.kind)))) > MAX_GRAMMAR:
+            raise RequestError(
+                f"structured_outputs.{self.kind} has {size} characters; at most {MAX_GRAMMAR} are allowed", "structured_outputs"
+            )
+
+    @property
+    def named(self) -> tuple[str, ...]:
+        """The names of what is given."""
+        return tuple(name for name in ("json", "regex", "choice", "grammar", "json_object") if getattr(self, name) is not None)
+
+    @property
+    def kind(self) -> str:
+        """The name of the one that is given."""
+        return self.named[0]
+
+
+@dataclass(frozen=True)
 class SamplingParams:
     """How to choose tokens, with vLLM's names, defaults and meanings.
 
@@ -55,6 +103,7 @@ class SamplingParams:
     temperature and penalties; `prompt_logprobs` the same for every prompt token. `seed` makes a request's
     tokens the same whatever else is in the batch. `max_tokens=None` means as many as fit. `allowed_token_ids`
     are the only ones that may be drawn; `bad_words` are texts that may not, each as the tokens that spell it.
+    `structured_outputs` is the form that the answer must have.
     """
 
     n: int = 1
@@ -78,6 +127,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | None = None
 
     def __post_init__(self):
         # Frozen, so what arrives as a string or list is put in its one form here, before anybody reads it.
@@ -121,14 +171,14 @@ class SamplingParams:
 
     @cached_property
     def edits(self) -> bool:
-        """Do the logits have to be changed, or their probabilities reported, before a token is drawn?"""
+        """Do the logits have to be changed, other than by a mask, or their probabilities reported, before a token is drawn?"""
         penalties = self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1
-        return bool(penalties or self.logit_bias or self.min_tokens or self.masks or self.logprobs is not None)
+        return bool(penalties or self.logit_bias or self.min_tokens or self.logprobs is not None)
 
     @cached_property
     def masks(self) -> bool:
         """Are there tokens that may not be drawn, whatever their logits are?"""
-        return bool(self.bad_words or self.allowed_token_ids is not None)
+        return bool(self.bad_words or self.allowed_token_ids is not None or self.structured_outputs)
 
 
 _INT_MAX = 2**31 - 1
@@ -189,7 +239,8 @@ class Completion:
     """One continuation. While it streams, `text`, `token_ids` and `logprobs` hold only what is new.
 
     finish_reason: stop (an end or stop token, or a stop string), length, abort, error; None while it runs.
-    stop_reason: the stop string or stop token id that ended it; None for the model's own end token.
+    stop_reason: the stop string or stop token id that ended it; None for the model's own end token, or a form that is complete; after an
+    error, what it was.
     """
 
     index: int = 0
@@ -252,6 +303,8 @@ class Limits:
             raise RequestError("stop strings need a tokenizer, and this engine runs without one; use stop_token_ids", "stop")
         if params.bad_words and not self.has_text:
             raise RequestError("bad_words need a tokenizer, and this engine runs without one", "bad_words")
+        if params.structured_outputs and not self.has_text:
+            raise RequestError("structured_outputs need a tokenizer, and this engine runs without one", "structured_outputs")
         if request.priority and not self.by_priority:
             raise RequestError("priority needs a server with --scheduling-policy priority: leave it out, or send 0", "priority")
         if request.cache_salt is not None and not 0 < len(request.cache_salt) <= MAX_SALT:

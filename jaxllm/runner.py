@@ -56,16 +56,26 @@ REPEATED = {
 _COMPILER_STACK = 64 * 2**20  # XLA's recursion over a deep model overflows a thread's usual 8 MiB
 
 
-class Handle:
-    """A dispatched step. `read` waits for it."""
+# Tokens, log-probabilities, the prompt's, hidden states: what StepResult has, on the device.
+Drawn = tuple[Array, tuple[Array, ...] | None, tuple[Array, ...] | None, Array | None]
 
-    def __init__(self, tokens: Array, logprobs: tuple[Array, ...] | None, prompt: tuple[Array, ...] | None, hidden: Array | None):
-        self._arrays = tokens, logprobs, prompt, hidden
-        for array in jax.tree.leaves(self._arrays):
-            array.copy_to_host_async()
+
+class Handle:
+    """A dispatched step. `draw` chooses its tokens, if that was not done at once; `read` waits for them."""
+
+    def __init__(self, choose: Callable[[], Drawn]):
+        self._choose = choose
+        self._drawn: Drawn | None = None
+
+    def draw(self) -> None:
+        if self._drawn is None:
+            self._drawn = self._choose()
+            for array in jax.tree.leaves(self._drawn):
+                array.copy_to_host_async()
 
     def read(self) -> StepResult:
-        tokens, *found = jax.tree.map(np.asarray, self._arrays)
+        assert self._drawn is not None, "a step is read that drew nothing yet"
+        tokens, *found = jax.tree.map(np.asarray, self._drawn)
         return StepResult(np.atleast_2d(tokens).T.tolist(), *found)
 
 
@@ -104,6 +114,7 @@ class Runner:
         self._loads: dict[Bucket, Callable] = {}
         self._takes: dict[int, Callable] = {}
         self._hiddens: dict[int, Callable] = {}
+        self._masked_draws: dict[int, Callable] = {}
         self._edited_draws: dict[int, Callable] = {}
         self._admits: dict[str, Callable] = {}
         self._inboxes: dict[Bucket, Array] = {}
@@ -199,6 +210,8 @@ class Runner:
             how = (self._mesh, self._implementation)
             job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_RM,), ())
             job(f"hidden of {m}", self._hiddens, m, partial(jnp.array, dtype=jnp.float32), (ports.hidden_MD,), ())
+            args = (s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
+            job(f"masked draw of {m}", self._masked_draws, m, partial(device.draw_masked, *how), args, (0,))
             args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, s.banned_SW, ports.head_3M, ports.logits_MV)
             edited = partial(device.draw_edited, *how, count=self.plan.max_logprobs)
             job(f"edited draw of {m}", self._edited_draws, m, edited, args, (0, 1))
@@ -236,18 +249,22 @@ class Runner:
             self._dispatch(Step([], bucket))
             self._takes[bucket.rows](self._ports[bucket.rows].tokens_RM)
             self._hiddens[bucket.rows](self._ports[bucket.rows].hidden_MD)
+            self._draw_masked(bucket.rows)
             self._draw_edited(bucket.rows)
         self._admit_rows([])
         self._admit_edits(None)
         if self.patch is not None:
             self._admit_patch(self.plan.max_num_seqs, None)
-        self._admit_masks([])
+        self._admit_masks([], self._unmasked()[:0])
         jax.block_until_ready((self._cache, vars(self._state)))
 
     # ------------------------------------------------------------------ running
 
     def run(self, step: Step) -> Handle:
-        """Dispatches a step: new rows' state first, then model and draw, then another draw if a row's logits are edited."""
+        """Dispatches a step: new rows' state first, then model and draw, then another draw if a row's logits are edited.
+
+        That other draw waits for Handle.draw if a row's mask depends on tokens that have not been read yet: those of the step before.
+        """
         for start in range(0, len(step.admitted), ADMITTED):
             self._admit_rows(step.admitted[start : start + ADMITTED])
         for sequence in step.admitted:
@@ -255,20 +272,27 @@ class Runner:
                 self._admit_edits(sequence)
             if sequence.slot is not None and (sequence.request.patch or sequence.slot in self._patched):
                 self._admit_patch(sequence.slot, sequence.request.patch)
-        if masked := self._masks(step):
-            for start in range(0, len(masked), ADMITTED):
-                self._admit_masks(masked[start : start + ADMITTED])
+        self._admit_fixed_masks(step.admitted)
         prompt = self._dispatch(step)
+        handle = Handle(partial(self._draw, step, prompt if step.bucket.scored else None))
+        if not any(row.samples and row.sequence.masked for row in step.rows):
+            handle.draw()
+        return handle
+
+    def _draw(self, step: Step, prompt: tuple[Array, ...] | None) -> Drawn:
         rows, logprobs = step.bucket.rows, None
+        self._admit_changed_masks(step)
         sampling = [row.sequence.params for row in step.rows if row.samples]
         if any(p.edits for p in sampling):
             tokens, *found = self._draw_edited(rows)
             logprobs = tuple(found) if any(p.logprobs is not None for p in sampling) else None
+        elif any(p.masks for p in sampling):
+            tokens = self._draw_masked(rows)
         else:
             tokens = self._takes[rows](self._ports[rows].tokens_RM)
         embeds = any(row.samples and row.sequence.request.embed for row in step.rows)
         hidden = self._hiddens[rows](self._ports[rows].hidden_MD) if embeds else None
-        return Handle(tokens, logprobs, prompt if step.bucket.scored else None, hidden)
+        return tokens, logprobs, prompt, hidden
 
     def _dispatch(self, step: Step) -> tuple[Array, ...]:
         bucket, s = step.bucket, self._state
@@ -278,6 +302,11 @@ class Runner:
             self._params, self._cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, self._ports[bucket.rows], self._patch_S
         )
         return prompt
+
+    def _draw_masked(self, rows: int) -> Array:
+        s, ports = self._state, self._ports[rows]
+        s.last_S, tokens = self._masked_draws[rows](s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
+        return tokens
 
     def _draw_edited(self, rows: int) -> list[Array]:
         s, ports = self._state, self._ports[rows]
@@ -298,24 +327,31 @@ class Runner:
         s, packed = self._state, device.pack_edits(sequence, self.plan.max_num_seqs, self.model.vocab_size)
         s.edits_SE, s.counts_SV, s.in_prompt_SV = self._admits["edits"](s.edits_SE, s.counts_SV, s.in_prompt_SV, *packed)
 
-    def _masks(self, step: Step) -> list[scheduler.Sequence]:
-        """Whose mask the device does not have: newcomers with one or in the slot of one, and rows whose mask changes with every token."""
-        due = {s.slot: s for s in step.admitted if s.mask is not None or s.slot in self._masked}
-        due |= {row.slot: row.sequence for row in step.rows if (m := row.sequence.mask) is not None and m.changes and row.samples}
-        return list(due.values())
+    def _admit_fixed_masks(self, admitted: Sequence[scheduler.Sequence]) -> None:
+        """Masks of newcomers that stay as they are; none for one in the slot of another that had a mask."""
+        fixed = {s.slot: s.mask.banned(()) for s in admitted if s.slot is not None and s.mask is not None and not s.mask.changes}
+        none = {s.slot: self._unmasked()[0] for s in admitted if s.slot is not None and s.mask is None and s.slot in self._masked}
+        if due := fixed | none:
+            self._admit_masks(list(due), np.stack(list(due.values())))
+        self._masked = (self._masked | fixed.keys()) - none.keys()
 
-    def _admit_masks(self, sequences: Sequence[scheduler.Sequence]) -> None:
-        slots = np.full(ADMITTED, self.plan.max_num_seqs, np.int32)
-        banned = np.zeros((ADMITTED, self._state.banned_SW.shape[1]), np.int32)
-        for i, sequence in enumerate(sequences):
-            assert sequence.slot is not None
-            slots[i] = sequence.slot
-            if sequence.mask is None:
-                self._masked.discard(sequence.slot)
-            else:
-                self._masked.add(sequence.slot)
-                banned[i] = sequence.mask.banned(sequence.tokens[sequence.prompt_len :])
-        self._state.banned_SW = self._admits["masks"](self._state.banned_SW, slots, banned)
+    def _admit_changed_masks(self, step: Step) -> None:
+        """Masks that depend on the tokens so far, all of which are known by now."""
+        rows = [(row.slot, row.sequence) for row in step.rows if row.samples and row.sequence.masked and not row.sequence.finished]
+        if rows:
+            masks = [(s.mask, s.tokens[s.prompt_len :]) for _, s in rows if s.mask is not None]
+            self._admit_masks([slot for slot, _ in rows], mask.banned(masks))
+            self._masked.update(slot for slot, _ in rows)
+
+    def _admit_masks(self, slots: list[int], banned_RW: np.ndarray) -> None:
+        for start in range(0, max(len(slots), 1), ADMITTED):
+            some = slots[start : start + ADMITTED]
+            slot_A, banned_AW = np.full(ADMITTED, self.plan.max_num_seqs, np.int32), self._unmasked()
+            slot_A[: len(some)], banned_AW[: len(some)] = some, banned_RW[start : start + ADMITTED]
+            self._state.banned_SW = self._admits["masks"](self._state.banned_SW, slot_A, banned_AW)
+
+    def _unmasked(self) -> np.ndarray:
+        return np.zeros((ADMITTED, self._state.banned_SW.shape[1]), np.int32)
 
     def _admit_patch(self, slot: int, given: Mapping[str, Any] | None) -> None:
         assert self.patch is not None

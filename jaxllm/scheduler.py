@@ -52,12 +52,14 @@ class Sequence:
         return len(self.request.prompt_token_ids)
 
     @property
+    def masked(self) -> bool:
+        """Does what it may draw depend on the tokens it has produced?"""
+        return self.mask is not None and self.mask.changes
+
+    @property
     def todo(self) -> int:
-        """Tokens to run before the next one can be sampled. 0 once the last allowed one has been, and while what it may draw depends on
-        a token that is not read yet."""
-        if self.length >= self.limit or (self.pending and self.mask is not None and self.mask.changes):
-            return 0
-        return self.length - self.computed
+        """Tokens to run before the next one can be sampled. 0 once the last allowed one has been."""
+        return self.length - self.computed if self.length < self.limit else 0
 
 
 class Row(NamedTuple):
@@ -174,7 +176,7 @@ class Scheduler:
         if most == 1 or self.waiting or not self.running:
             return []
         drawing = [s for s in self.running if s.length < s.limit]
-        if any(s.todo != 1 or s.params.edits or s.request.embed for s in drawing):
+        if any(s.todo != 1 or s.params.edits or s.mask is not None or s.request.embed for s in drawing):
             return []
         counts = [min(most, s.limit - s.length) for s in drawing]
         pages = sum(s.computed + count > len(s.pages) * size for s, count in zip(drawing, counts, strict=True))

@@ -24,8 +24,6 @@ from pallas_kernels import matmul_one_row, matmul_sm90
 from pallas_kernels.blocks import file_name
 from pallas_kernels.matmul_join import join
 
-CORES = 132  # of an H200
-
 
 class Norm(NamedTuple):
     """x over its root mean square (plus eps, before the root) times (weight + offset)."""
@@ -88,10 +86,11 @@ class OneRow:
 
 @dataclass(frozen=True)
 class ManyRows:
-    """The same verbs; sums are left to `norm` and `finish`. kind: of the device, as JAX names it."""
+    """The same verbs; sums are left to `norm` and `finish`. kind: of the device, as JAX names it. trial: as for `many_rows_tile`."""
 
     kind: str
     interpret: bool = False
+    trial: bool = False
 
     def norm(self, stream: Stream, norm: Norm) -> tuple[Stream, Any]:
         h_ND, normed_ND = join(*stream, norm.weight_D, eps=norm.eps, offset=norm.offset, interpret=self.interpret)
@@ -116,7 +115,7 @@ class ManyRows:
         return self.norm(stream, norm)[1]
 
     def _tile(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90.Tile | None:
-        return many_rows_tile(self.kind, len(x_ND), _product(weight_FD, gated))
+        return many_rows_tile(self.kind, len(x_ND), _product(weight_FD, gated), trial=self.trial)
 
 
 Linears = OneRow | ManyRows
@@ -131,9 +130,6 @@ def linears_for(device: Any, rows: int, dtype: Any) -> Linears | None:
     if rows == 1 and float(capability) >= 8:
         return OneRow(device.device_kind)
     return ManyRows(device.device_kind) if capability == "9.0" and rows <= MOST else None
-
-
-WIDE = 2**23  # inputs * features: between Qwen2.5-0.5B's widest layer and 3B's; measured at 256 rows on an H200
 
 
 def _plain(x_ND: Array, weight_FD: Array) -> Array:
@@ -155,51 +151,21 @@ def one_row_tile(kind: str, product: Product) -> matmul_one_row.Tile:
     return matmul_one_row.Tile(2 if product.features * product.inputs <= 2**22 else 4, 1024, 4)
 
 
-def many_rows_tile(kind: str, rows: int, product: Product) -> matmul_sm90.Tile | None:
-    """The tile that was the fastest on this kind of device; else one that keeps most multiprocessors reading.
+def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = False) -> matmul_sm90.Tile | None:
+    """The tile that was the fastest on this kind of device; None if XLA's kernels were faster there, or nobody measured.
 
-    None if no tile fits, or if XLA's kernels are the better ones: from 256 rows on, wide layers are bound by arithmetic.
+    trial: also tiles whose results no GPU's float32 has been compared with yet. No engine asks for those.
     """
-    if rows not in matmul_sm90.ROWS or (rows >= 256 and product.inputs * product.features > WIDE):
-        return None
     lines = 8 if rows <= 16 else 64 if rows <= 128 else 256
-    if tile := _measured(kind).get((lines, product)):
-        return matmul_sm90.Tile(*tile)
-    inputs, best = 128 if product.inputs % 128 == 0 else 64, None
-    if product.inputs % inputs:
-        return None
-    widest = 64 if rows > 64 and product.gated else 128
-    for features in (f for f in range(8, widest + 1, 8) if product.features % f == 0):
-        for parts in (1,) if product.gated else (1, 2, 4, 8):
-            if product.inputs % (inputs * parts) == 0:
-                tile = _tile(rows, product, features, inputs, parts)
-                cost = _cost(rows, product, tile)
-                best = min(best or (cost, 0, tile), (cost, features, tile), key=lambda found: found[0])
-    return best[2] if best else None
-
-
-def _tile(rows: int, product: Product, features: int, inputs: int, parts: int) -> matmul_sm90.Tile:
-    shared = rows >= 64 and product.features // features % 2 == 0
-    return matmul_sm90.Tile(features, 64 if rows >= 128 or features * (1 + product.gated) > 128 else inputs, parts, 1 + shared)
-
-
-def _cost(rows: int, product: Product, tile: matmul_sm90.Tile) -> float:
-    """Microseconds, roughly: a block takes 2 to start, reads 90 bytes a nanosecond, the device 4200; float32 parts are written and read."""
-    blocks, lines = product.features // tile.features * tile.parts, max(rows, 8)
-    block = (tile.features * (1 + product.gated) + lines) * product.inputs / tile.parts * 2
-    weights = product.features * (1 + product.gated) * product.inputs * 2
-    parts = 0 if tile.parts == 1 else tile.parts * rows * product.features * 8 / 4e6
-    return max(-(-blocks // CORES) * (block / 90e3 + 2), weights / 4.2e6) + parts + product.inputs / tile.parts / tile.inputs * 0.05
+    tile = _measured(kind, trial).get((lines, product)) if rows in matmul_sm90.ROWS else None
+    return None if tile is None else matmul_sm90.Tile(*tile)
 
 
 @cache
-def _measured(kind: str) -> dict[tuple[int, Product], list[int]]:
+def _measured(kind: str, trial: bool = False) -> dict[tuple[int, Product], list[Any]]:
     """By rows (1; 8: up to 16, 64: up to 128, 256) and product, the tile that was the fastest on this kind of device (bench/linears.py)."""
     path = files("pallas_kernels") / "tuning" / "linear" / file_name(kind)
     if not path.is_file():
         return {}
-    found = {}
-    for row in json.loads(path.read_text())["rows"]:
-        product = Product(row["features"], row["inputs"], row["gated"])
-        found[row["rows"], product] = row["tile"]
-    return found
+    rows = [row for row in json.loads(path.read_text())["rows"] if trial or row["compared"]]
+    return {(row["rows"], Product(row["features"], row["inputs"], row["gated"])): row["tile"] for row in rows}

@@ -73,8 +73,8 @@ def _kernel(x_ref, weight_ref, *refs, tile, act, eps, offset, names):
         live_FS = _both(live_F, live_S, (tile.features, tile.inputs))
         return [_load(weight_ref.at[half[:, None], input_S[None, :]], live_FS) for half in halves]
 
-    def multiplied(i, sums, square_S, weights):
-        input_S, live_S = inputs_of(i)
+    def multiplied(i, sofar, weights):
+        (sums, square_S), (input_S, live_S) = sofar, inputs_of(i)
         x_S = _load(x_ref.at[0, input_S], live_S).astype(jnp.float32)
         if "norm" in extras:
             square_S += x_S * x_S
@@ -86,12 +86,13 @@ def _kernel(x_ref, weight_ref, *refs, tile, act, eps, offset, names):
     if tile.ahead:  # the last turn stands outside, because nothing comes after it
 
         def turn(i, state):
-            weights = fetched(i + 1)
-            return *multiplied(i, *state), weights
+            sofar, weights = state
+            following = fetched(i + 1)
+            return multiplied(i, sofar, weights), following
 
-        sums, square_S = multiplied(turns - 1, *lax.fori_loop(0, turns - 1, turn, (*start, fetched(0))))
+        sums, square_S = multiplied(turns - 1, *lax.fori_loop(0, turns - 1, turn, (start, fetched(0))))
     else:
-        sums, square_S = lax.fori_loop(0, turns, lambda i, state: multiplied(i, *state, fetched(i)), start)
+        sums, square_S = lax.fori_loop(0, turns, lambda i, sofar: multiplied(i, sofar, fetched(i)), start)
     products = [jnp.sum(total, axis=1) for total in sums]
     if "norm" in extras:
         unit = lax.rsqrt(jnp.sum(square_S) / inputs + eps)

@@ -20,11 +20,11 @@ from jaxllm.request import Request, SamplingParams
 from serving import openapi
 from serving.context import Context
 from serving.errors import UNFORESEEN, ApiError, error_of, told
-from serving.guard import BodyLimit, Keys, RequestIds
+from serving.guard import OPEN, BodyLimit, Keys, RequestIds
 from serving.memory import Memory
 from serving.options import ServerOptions
 from serving.protocol import EngineLike
-from serving.routes import admin, chat, completions, embeddings, facts, messages, responses, tokens
+from serving.routes import admin, chat, completions, embeddings, facts, messages, page, responses, tokens
 from serving.trace import start_spans
 
 log = logging.getLogger("jaxllm.server")
@@ -48,7 +48,7 @@ def build_app(engine: EngineLike, options: ServerOptions, memory: Memory | None 
         start_spans(options.otlp_traces_endpoint)
     _add_guards(app, options)
     _add_errors(app)
-    for module in (*ROUTES, admin) if options.enable_admin_routes else ROUTES:
+    for module in (*ROUTES, *(() if options.disable_page else (page,)), *((admin,) if options.enable_admin_routes else ())):
         module.add(app, context)
     openapi.install(app)
     return app
@@ -66,7 +66,7 @@ async def first_request(engine: EngineLike) -> None:
 def _add_guards(app: FastAPI, options: ServerOptions) -> None:
     """The last one added is the first one met."""
     app.add_middleware(BodyLimit, limit=options.max_body_bytes)
-    app.add_middleware(Keys, keys=options.keys())
+    app.add_middleware(Keys, keys=options.keys(), open=OPEN if options.disable_page else OPEN | page.OPEN)
     if options.allowed_origins:  # outside the keys: a browser asks for leave without one
         app.add_middleware(
             CORSMiddleware,

@@ -31,6 +31,7 @@ BENCHES = {  # each runs bench.NAME as a program
     "latency": "time one batch through the Python API",
     "throughput": "time many requests through the Python API",
     "offline": "measure decode, prefill and mixed work, and keep the results",
+    "structured": "measure what answers with a form cost other rows",
     "startup": "time jaxllm serve from process start to ready",
     "profile": "show where a step's time goes on the GPU",
     "compare": "put results beside limits and vLLM's figures",

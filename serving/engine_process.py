@@ -15,6 +15,7 @@ import msgspec
 import zmq
 
 from jaxllm.config import EngineConfig
+from jaxllm.core import Refusal
 from jaxllm.engine import make_core, profile
 from jaxllm.loading import Loaded, load_engine_parts
 from jaxllm.request import JaxllmError, Output, OverloadedError, Request, RequestError
@@ -98,7 +99,11 @@ class Service:
         except OverloadedError as error:
             self._send(sender, wire.Refused(request.id, str(error), None, overloaded=True))
 
-    def _hear(self, output: Output) -> None:
+    def _hear(self, output: Output | Refusal) -> None:
+        if isinstance(output, Refusal):
+            sender, request_id = self._senders.pop(output.request_id)
+            self._send(sender, wire.Refused(request_id, str(output.error), output.error.param))
+            return
         sender, request_id = self._senders.pop(output.request_id) if output.finished else self._senders[output.request_id]
         (completion,) = output.outputs
         logprobs = None if output.prompt_logprobs is None else list(output.prompt_logprobs)

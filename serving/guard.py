@@ -39,14 +39,14 @@ class RequestIds:
 
 
 class Keys:
-    """Refuses what does not carry one of the keys, everywhere but at `OPEN` paths. Without keys everybody is served."""
+    """Refuses what does not carry one of the keys, everywhere but at `open` paths. Without keys everybody is served."""
 
-    def __init__(self, app: ASGIApp, keys: Iterable[str]):
-        self._app = app
+    def __init__(self, app: ASGIApp, keys: Iterable[str], open: frozenset[str] = OPEN):
+        self._app, self._open = app, open
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._digests or scope["type"] == "lifespan" or scope["path"] in OPEN or self._knows(_sent_key(scope)):
+        if not self._digests or scope["type"] == "lifespan" or scope["path"] in self._open or self._knows(_sent_key(scope)):
             return await self._app(scope, receive, send)
         message = "The API key is missing or wrong: send it as Authorization: Bearer KEY"
         await told(ApiError(401, message, code="invalid_api_key", headers={"www-authenticate": "Bearer"}))(scope, receive, send)

@@ -20,6 +20,7 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     api_server_count: int = 1
+    disable_page: bool = False
     api_key: tuple[str, ...] = ()
     api_key_file: str | None = None
     allowed_origins: tuple[str, ...] = ()
@@ -58,6 +59,7 @@ SERVER = {
         Flag("host", "Address to listen on; 0.0.0.0 answers other machines too.", metavar="ADDRESS"),
         Flag("port", "Port to listen on; 0 takes a free one.", whole(0, 65535), "PORT"),
         Flag("api_server_count", "Processes that speak HTTP; one streams some 20,000 tokens a second.", whole(1, 64), "COUNT"),
+        Flag("disable_page", "Do not serve the chat page at /.", "switch"),
         Flag("ssl_certfile", "Certificate in PEM, with its chain; serves https.", metavar="FILE"),
         Flag("ssl_keyfile", "The certificate's private key, if it is in a file of its own.", metavar="FILE"),
         Flag("ssl_ca_certs", "Serve only clients with a certificate signed by one of these.", metavar="FILE"),

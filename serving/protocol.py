@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSche
 from jaxllm.config import EngineConfig
 from jaxllm.request import Logprob, Request, RequestError, SamplingParams, Stats, TokenLogprobs
 from serving.errors import ApiError
+from serving.structured import ResponseFormat, StructuredBody, asked
 
 Int = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Strings = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]})]
 _SHORT = reprlib.Repr(maxlevel=2, maxstring=60, maxother=60, maxlong=40)
+OFF_LOOP = 20_000  # characters
 MAX_STOP = 32  # stop strings a request may have: each is looked for after every token
 
 
@@ -112,7 +114,6 @@ class DrawingBody(PromptBody):
         "repetition_detection": (),
         "request_id": (),
         "stream_interval": (1,),
-        "structured_outputs": (),
         "thinking_token_budget": (),
         "truncation_side": ("left",),
         "use_beam_search": (False,),
@@ -130,6 +131,8 @@ class SamplingBody(DrawingBody):
     prompt_logprobs: Int | None = said("Log-probabilities of the prompt: so many likeliest tokens at each place. Not with stream.")
     return_tokens_as_token_ids: bool | None = said('Write the tokens of logprobs as "token_id:N".')
     return_token_ids: bool | None = said("Give the ids of prompt and answer beside their text.")
+    response_format: ResponseFormat | None = said("The form of the answer: text, json_object, or json_schema with its name and schema.")
+    structured_outputs: StructuredBody | None = said("The form of the answer: exactly one of json, regex, choice, grammar, json_object.")
 
     @property
     def include_usage(self) -> bool:
@@ -154,7 +157,8 @@ def parse[B: Body](kind: type[B], raw: bytes, strict: bool = False) -> tuple[B, 
         neutral = kind.refused.get(name)
         if neutral is not None:
             if value is not None and value not in neutral:
-                raise RequestError(f"`{name}` is not supported by this server yet: leave it out{_or_one_of(neutral)}", name)
+                instead = _INSTEAD.get(name, f"leave it out{_or_one_of(neutral)}")
+                raise RequestError(f"`{name}` is not supported by this server yet: {instead}", name)
         elif name not in kind.harmless:
             ignored.append(name)
     if isinstance(body, SamplingBody):
@@ -164,6 +168,12 @@ def parse[B: Body](kind: type[B], raw: bytes, strict: bool = False) -> tuple[B, 
             f"`{_SHORT.repr(ignored[0])[1:-1]}` is no field of this route, and this server refuses unknown fields", ignored[0]
         )
     return body, ignored
+
+
+_FORM = "say the answer's form by `structured_outputs` on the completion routes, by `text.format` on /v1/responses"
+_INSTEAD: dict[str, str] = dict.fromkeys(
+    ("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "response_format"), _FORM
+)
 
 
 def _or_one_of(neutral: tuple) -> str:
@@ -233,13 +243,21 @@ def sampling_params(engine: EngineLike, body: DrawingBody, max_tokens: int, logp
     given = {name: value for name in _SAMPLING if (value := getattr(body, name, None)) is not None}
     if body.stream and "prompt_logprobs" in given:
         raise RequestError("`prompt_logprobs` is not available with `stream`: leave one of them out", "prompt_logprobs")
-    if isinstance(body, SamplingBody) and body.stop is not None:
-        given["stop"] = stop_strings(body.stop)
+    if isinstance(body, SamplingBody):
+        given["structured_outputs"] = asked(body.response_format, body.structured_outputs)
+        if body.stop is not None:
+            given["stop"] = stop_strings(body.stop)
     return SamplingParams(**{**engine.default_params, **given, "max_tokens": max_tokens, "logprobs": logprobs, **changes})
 
 
-# What goes over as it is; stop has two spellings, and max_tokens and logprobs differ by route.
-_SAMPLING = (SamplingBody.model_fields.keys() & {field.name for field in fields(SamplingParams)}) - {"max_tokens", "stop"}
+# What goes over as it is; stop and the answer's form have several spellings, and max_tokens and logprobs differ by route.
+_OTHERWISE = {"max_tokens", "stop", "structured_outputs"}
+_SAMPLING = (SamplingBody.model_fields.keys() & {field.name for field in fields(SamplingParams)}) - _OTHERWISE
+
+
+async def check(engine: EngineLike, request: Request) -> None:
+    """`engine.check`, in a thread where it compiles a form."""
+    await off_loop(0 if request.params.structured_outputs is None else OFF_LOOP, lambda: engine.check(request))
 
 
 def stop_strings(stop: Any, name: str = "stop") -> tuple[str, ...]:
@@ -267,7 +285,7 @@ def tokenizer_of(engine: EngineLike) -> Any:
 
 async def off_loop[T](size: int, work: Callable[[], T]) -> T:
     """`work()`, in a thread when its input has so many characters that it would keep every stream waiting for milliseconds."""
-    return await asyncio.to_thread(work) if size > 20_000 else work()
+    return await asyncio.to_thread(work) if size >= OFF_LOOP else work()
 
 
 def finite(logprob: Logprob) -> float:

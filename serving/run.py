@@ -5,6 +5,7 @@ the connections out. They share nothing but the engine process; the one that sta
 """
 
 import asyncio
+import logging
 import math
 import os
 import signal
@@ -21,6 +22,8 @@ from serving.options import ServerOptions
 
 if TYPE_CHECKING:
     from serving.protocol import EngineLike
+
+log = logging.getLogger("jaxllm.server")
 
 KEEP_ALIVE_S = 75  # above the 60 s after which common load balancers drop an idle connection, so that they do it and not we
 WATCH_S = 0.2
@@ -55,7 +58,10 @@ def url(options: ServerOptions, listener: socket.socket) -> str:
 
 
 def say_ready(engine: "EngineLike", options: ServerOptions, listener: socket.socket, start: float) -> None:
-    print(f"ready in {time.perf_counter() - start:.1f} s: {engine.model_name} at {url(options, listener)}/v1", flush=True)
+    address = url(options, listener)
+    print(f"ready in {time.perf_counter() - start:.1f} s: {engine.model_name} at {address}/v1", flush=True)
+    if not options.disable_page:
+        log.info("chat page at %s", address)
 
 
 def serve(engine: "EngineLike", options: ServerOptions, listener: socket.socket, ready: Callable[[], None]) -> None:

@@ -114,8 +114,9 @@ async def _checked(merged: AsyncGenerator[tuple[int, Output], None]) -> AsyncGen
     """`merged`. Raises for a choice that ended in an error: nobody should take it for an answer."""
     async with aclosing(merged) as outputs:
         async for i, output in outputs:
-            if any(completion.finish_reason == "error" for completion in output.outputs):
-                raise ApiError(500, "The engine failed while it answered this request")
+            for completion in output.outputs:
+                if completion.finish_reason == "error":
+                    raise ApiError(500, str(completion.stop_reason or "The engine failed while it answered this request"))
             yield i, output
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from tiny import decoder
 
-from jaxllm.core import Core
+from jaxllm.core import Core, Refusal
 from jaxllm.decoder import DenseContext
 from jaxllm.parallel import make_mesh
 from jaxllm.plan import Bucket, Plan
@@ -84,8 +84,9 @@ class Gather:
     def __init__(self):
         self.outputs: list[Output] = []
 
-    def __call__(self, output: Output) -> None:
-        self.outputs.append(output)
+    def __call__(self, heard: Output | Refusal) -> None:
+        assert isinstance(heard, Output), f"refused: {heard.error}"
+        self.outputs.append(heard)
 
     def tokens(self, index: int = 0) -> list[int]:
         return [t for o in self.outputs for c in o.outputs if c.index == index for t in c.token_ids]

@@ -37,7 +37,13 @@ def expected(prompt: tuple[int, ...], limit: int, vocab: int, stop_ids: frozense
 
 @dataclass
 class _Done:
+    step: Step
     result: StepResult
+
+    def draw(self) -> None:
+        for row in self.step.rows:
+            waits = row.samples and row.sequence.masked and not row.sequence.finished
+            assert not waits or row.sequence.pending == 1, "a row draws before its last token is known"
 
     def read(self) -> StepResult:
         return self.result
@@ -60,8 +66,6 @@ class FakeRunner:
             assert sequence.slot is not None
             self.tables[sequence.slot] = list(sequence.pages)
         for row in step.rows:
-            mask = row.sequence.mask
-            assert mask is None or not mask.changes or row.sequence.pending == row.samples, "a row ran before its last token was known"
             self._write(row)
         tokens = [[] for _ in range(step.bucket.rows)]
         for i, row in enumerate(step.rows):
@@ -76,7 +80,7 @@ class FakeRunner:
         if step.bucket.scored:
             lanes = step.bucket.chunk
             prompt = (np.zeros(lanes), np.ones(lanes, np.int32), np.zeros((lanes, 1)), np.zeros((lanes, 1), np.int32))
-        return _Done(StepResult(tokens, None, prompt))
+        return _Done(step, StepResult(tokens, None, prompt))
 
     def _write(self, row) -> None:
         table = self.tables[row.slot]

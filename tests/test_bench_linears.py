@@ -3,12 +3,15 @@
 import json
 from functools import partial
 
+import jax.numpy as jnp
 import pytest
 
 from bench import linears
 from pallas_kernels import matmul
 from pallas_kernels.matmul import Product, one_row_tile
 from pallas_kernels.matmul_one_row import Tile, linear
+from pallas_kernels.matmul_sm90 import Tile as ManyTile
+from pallas_kernels.matmul_sm90 import linear as many_rows
 
 SMALL = Product(24, 96, True)
 
@@ -29,17 +32,16 @@ def test_every_tile_that_is_tried_fits_into_registers(product):
 
 @pytest.fixture
 def untimed(monkeypatch):
-    """Interpreted kernels, of which the second is the fastest."""
+    """Interpreted kernels, of which the third, behind the one in use, is the fastest."""
     monkeypatch.setattr(linears, "linear", partial(linear, interpret=True))
     monkeypatch.setattr(linears, "candidates", lambda product: [Tile(2, 128, 4), Tile(4, 32, 4, True)])
-    monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 2.0])
-    monkeypatch.setattr(linears, "_read", lambda kind: 1e12)
+    monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 4.0, 2.0][: len(runs)])
     monkeypatch.setattr(linears, "COLD", 1e4)
 
 
 def test_the_fastest_tile_is_written_and_taken(untimed, monkeypatch, tmp_path):
     row = linears.tune("NVIDIA H200", "gate_up", SMALL)
-    assert row == {"rows": 1, "features": 24, "inputs": 96, "gated": True, "tile": [4, 32, 4, 1], "us": 2.0}
+    assert row == {"rows": 1, "features": 24, "inputs": 96, "gated": True, "tile": [4, 32, 4, 1], "us": 2.0, "compared": True}
     folder = tmp_path / "tuning" / "linear"
     folder.mkdir(parents=True)
     path = linears.write("NVIDIA H200", [row | {"us": 9.0}], folder)
@@ -60,6 +62,19 @@ def test_a_tile_that_computes_something_else_is_refused(untimed, monkeypatch):
     )
     with pytest.raises(SystemExit, match=r"these tiles compute something else: \[Tile\(features=4"):
         linears.tune("NVIDIA H200", "gate_up", SMALL)
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_what_is_in_use_is_compared_and_then_timed_beside_xlas(rows, untimed, monkeypatch):
+    monkeypatch.setattr(linears, "many_rows_linear", partial(many_rows, interpret=True))
+    monkeypatch.setattr(linears, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
+    product = Product(16, 128)
+    found, row = linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
+    assert [(each["by"], each["batch"], each["value"]) for each in found] == [("xla", rows, 3.0), ("ours", rows, 3.0)]
+    assert row == (None if rows == 1 else linears.tuned(product, 8, ManyTile(8, 64), 3.0))
+    monkeypatch.setattr(linears, "_ours", lambda tile, act, x, weight, around: jnp.zeros((rows, 16)))
+    with pytest.raises(SystemExit, match=f"{rows} rows: .* computes something else"):
+        linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
 
 
 def test_it_wants_a_gpu_whose_limits_are_known():

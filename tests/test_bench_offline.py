@@ -5,8 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from bench import offline, record, workloads
+from bench import offline, record, structured, workloads
 from jaxllm import SamplingParams
+from jaxllm.grammar import Grammars
+from jaxllm.text import Tokenizer
 
 
 class FakeLLM:
@@ -54,6 +56,33 @@ def test_a_decode_step_is_the_difference_of_two_runs(llm):
     }
     assert [len(prompts) for prompts, _ in llm.calls] == [64] * 6
     assert {params[0].max_tokens for _, params in llm.calls} == {1, 257}
+
+
+def test_forms_cost_what_a_step_gets_longer_by(llm):
+    """Half of the rows have a form in one of two runs; a call of those takes 25% longer here."""
+    plain = llm.generate
+
+    def generate(prompts, params, **options):
+        before, found = llm.now, plain(prompts, params, **options)
+        llm.now += 0.25 * (llm.now - before) * any(p.structured_outputs for p in params)
+        return found
+
+    llm.generate = generate
+    free, formed, loss = structured.measure(bench(llm), rows=2, prompt=16, steps=32, repeats=3)
+    assert (free["value"], formed["value"]) == (pytest.approx(2.0), pytest.approx(2.5)) and loss["value"] == pytest.approx(0.2)
+    assert (free["forms"], formed["forms"], loss["forms"], loss["batch"], loss["context"]) == (0, 2, 2, 4, "16-48")
+    with_form = [[p.structured_outputs is not None for p in params] for _, params in llm.calls]
+    assert with_form == ([[False] * 4] * 2 + [[True, True, False, False]] * 2) * 3
+
+
+def test_a_made_up_tokenizer_has_the_size_of_the_vocabulary_and_every_byte(tmp_path):
+    structured.made_up(1000).save(str(tmp_path / "tokenizer.json"))
+    made = Tokenizer.load(tmp_path)
+    assert made.vocab_size == 1000 and made.decode(made.encode('{"größe": 1}')) == '{"größe": 1}'
+    assert {made.token_bytes(i) for i in range(1000)} >= {bytes([byte]) for byte in range(256)}
+    form = structured.FORMED.structured_outputs
+    assert form is not None
+    Grammars(made, 1000, frozenset()).check(form)
 
 
 def test_no_prompt_is_ever_sent_twice(llm):

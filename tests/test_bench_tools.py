@@ -185,11 +185,11 @@ def test_overlapping_events_are_counted_once():
 
 def test_steps_are_turned_and_waits_told_apart():
     """The engine's core over a runner without a network: so many turns are so many steps, and a step that waits is no host work."""
-    plan, runner = make_plan(), FakeRunner(4, 97)
+    plan, runner = make_plan(decode_steps=1), FakeRunner(4, 97)
 
     def run(step):
         handle = runner.run(step)
-        return SimpleNamespace(read=lambda: (time.sleep(0.005), handle.read())[1])
+        return SimpleNamespace(draw=handle.draw, read=lambda: (time.sleep(0.005), handle.read())[1])
 
     parts = SimpleNamespace(runner=SimpleNamespace(run=run), plan=plan, vocab_size=97, eos_ids=frozenset())
     turner = profile.Turner(parts, [8] * 2, [40] * 2)

@@ -54,7 +54,7 @@ def test_every_option_has_a_flag_with_one_sentence(groups, owner):
 EVERY_FLAG = """--host ::1 --port 9 --api-key k --api-key l --enable-log-requests --api-server-count 2 --api-key-file f
     --allowed-origins '["a","b"]' --allowed-methods GET --allowed-headers x --allow-credentials --ssl-certfile c --ssl-keyfile y
     --ssl-ca-certs z --strict --max-body-bytes 2M --receive-timeout 3 --shutdown-timeout 0.5 --restart-engine --enable-admin-routes
-    --profile-dir p --otlp-traces-endpoint http://t --scheduling-policy priority --max-num-queued-reqs 7 --disable-log-stats
+    --profile-dir p --disable-page --otlp-traces-endpoint http://t --scheduling-policy priority --max-num-queued-reqs 7 --disable-log-stats
     --model m --served-model-name s --tokenizer t --chat-template c
     --generation-config vllm --hf-overrides '{"a":1}' --dtype half --max-model-len 8K --max-logprobs 5 --seed 3 --enforce-eager
     --load-format dummy --revision r --download-dir d --device cpu --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --block-size 16
@@ -85,6 +85,7 @@ def test_every_flag_reaches_its_field():
         restart_engine=True,
         enable_admin_routes=True,
         profile_dir="p",
+        disable_page=True,
         enable_log_requests=True,
         otlp_traces_endpoint="http://t",
     )
@@ -368,7 +369,7 @@ def test_a_run_from_start_to_signal(number):
             assert list(lines)[-2] == "data: [DONE]"
         status, out, err = server.end()
         assert (status, out) == (0, "closed\n")
-        assert "Traceback" not in err and "first request" in err
+        assert "Traceback" not in err and "first request" in err and f"chat page at {ready[2]}\n" in err
 
 
 def test_a_signal_while_the_model_loads_stops_at_once():

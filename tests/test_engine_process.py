@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 from server_fixtures import STORIES, serving, wait_until
 
-from jaxllm import LLM, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams
+from jaxllm import LLM, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams, StructuredOutputs
 from serving import wire
 from serving.remote_engine import RemoteEngine, StartFailed
 
@@ -120,6 +121,28 @@ def test_what_can_never_be_served_is_refused_here_and_there(engine, loop):
             await first
 
     loop.run(twice())
+
+
+def test_forms_are_compiled_and_followed_there(engine, loop):
+    """The engine's process says what cannot be honoured, and an answer that gets out of hand is that request's error alone."""
+
+    def asked(name, stream=True, **form):
+        params = SamplingParams(max_tokens=200, seed=1, n=2, structured_outputs=StructuredOutputs(**form), ignore_eos=True)
+        return Request(name, (1, 403), params, stream=stream)
+
+    async def ask():
+        bad = asyncio.create_task(gather(engine, asked("bad", regex="(")))
+        wild = asyncio.create_task(gather(engine, asked("wild", stream=False, regex="((a{1,100}){1,100}){1,100}")))
+        good = asyncio.create_task(gather(engine, asked("good", regex="[0-9]{3}-[0-9]{4}")))
+        return await asyncio.gather(bad, wild, good, return_exceptions=True)
+
+    bad, wild, good = loop.run(ask())
+    assert isinstance(bad, RequestError) and "unclosed group" in str(bad) and bad.param == "structured_outputs"
+    assert {(c.finish_reason, str(c.stop_reason)[:40]) for o in wild for c in o.outputs} == {
+        ("error", "structured_outputs could not be followed")
+    }
+    found, _ = joined(good)
+    assert all(re.fullmatch("[0-9]{3}-[0-9]{4}", text) and end == "stop" for text, _, _, end, _ in found.values()) and len(found) == 2
 
 
 def test_two_processes_may_use_the_same_request_id(engine):

@@ -90,6 +90,27 @@ def test_masked_rows_beside_free_ones_and_in_the_slots_they_left():
     assert all(gather.tokens() == free for gather in again)
 
 
+def test_steps_in_which_rows_are_masked_and_no_more():
+    """Their draw is another executable, without penalties and log-probabilities. A mask that changes has every token of the row's own."""
+    vocab, count = 64, 10
+    free = naive("qwen3", PROMPT, count)
+    fixed, changing = TokenMask(range(0, vocab, 3), [], vocab), TokenMask(None, [(free[0], free[1]), (free[4],)], vocab)
+    engine = core("qwen3")
+    gathers = {name: Gather() for name in ("free", "fixed", "changing")}
+    for name, gather in gathers.items():
+        allowed = {"free": None, "fixed": range(0, vocab, 3), "changing": range(vocab)}[name]
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True, allowed_token_ids=allowed and tuple(allowed))
+        assert not params.edits
+        engine.add(Request(name, PROMPT, params), gather)
+    engine._live["changing"].answers[0].sequence.mask = changing
+    finish(engine)
+    assert {name: gather.tokens() for name, gather in gathers.items()} == {
+        "free": free,
+        "fixed": masked_naive(count, fixed),
+        "changing": masked_naive(count, changing),
+    }
+
+
 def embedding(gather: Gather) -> tuple[float, ...]:
     found = gather.outputs[-1].embedding
     assert found is not None

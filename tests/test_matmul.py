@@ -1,8 +1,8 @@
 """The linear layers of steps with few rows: each kernel against float64, then a whole decoder through them against its plain products."""
 
 import math
+from dataclasses import astuple, replace
 from functools import partial
-from itertools import product as every
 from types import SimpleNamespace
 from typing import Any
 
@@ -150,24 +150,26 @@ def test_the_way_is_chosen_by_device_and_rows():
 
 def test_a_product_that_xla_is_better_at_is_left_to_it():
     tile = partial(many_rows_tile, "NVIDIA H200")
-    assert all(tile(64, product) is not None for product in LLAMA_8B + QWEN_05B)
-    assert [tile(256, product) is None for product in LLAMA_8B] == [True] * 4, "bound by arithmetic"
-    assert [tile(256, Product(2560, 2048)) is None, tile(256, Product(11008, 2048, True)) is None] == [False, True]
+    assert all(tile(rows, product) is not None for rows in (2, 8, 64, 128, 256) for product in QWEN_05B)
     assert all(tile(384, product) is None for product in QWEN_05B), "no kernel was made for 384 rows"
-    assert tile(8, Product(100, 100)) is None
+    assert all(tile(256, product, trial=True) is None for product in LLAMA_8B), "bound by arithmetic"
+    assert all(tile(64, product) is None for product in LLAMA_8B), "not compared on a GPU"
+    assert all(tile(64, product, trial=True) is not None for product in LLAMA_8B)
+    assert tile(8, Product(3584, 3584)) is None, "not measured"
+    assert many_rows_tile("NVIDIA H100 80GB HBM3", 8, QWEN_05B[0]) is None, "not measured there"
 
 
-@pytest.mark.parametrize("kind", ["NVIDIA H200", "NVIDIA H100 80GB HBM3"])
-def test_every_tile_divides_its_product_and_fits(kind):
-    products = [*LLAMA_8B, *QWEN_05B, Product(3072, 1024), Product(5120, 25600), Product(8192, 28672), Product(2560, 2048)]
-    for rows, product in every(matmul_sm90.ROWS, products):
-        if (tile := many_rows_tile(kind, rows, product)) is None:
-            assert rows == 256
+def test_every_measured_tile_divides_its_product_and_fits():
+    for (lines, product), tile in matmul._measured("NVIDIA H200", trial=True).items():
+        if lines == 1:
             continue
-        assert product.features % (tile.features * tile.cluster) == 0 and tile.features % 8 == 0
-        assert product.inputs % (tile.inputs * tile.parts) == 0 and (tile.parts == 1 or not product.gated)
-        depth = matmul_sm90.stages(rows, product.inputs, tile, halves=1 + product.gated, itemsize=2)
-        assert depth >= min(2, product.inputs // tile.inputs // tile.parts)
+        for rows in {8: (2, 4, 8, 16), 64: (32, 64, 128), 256: (256,)}[lines]:
+            found = many_rows_tile("NVIDIA H200", rows, product, trial=True)
+            assert found is not None and list(astuple(found)) == tile
+            assert product.features % (found.features * found.cluster) == 0 and found.features % 8 == 0
+            assert product.inputs % (found.inputs * found.parts) == 0 and (found.parts == 1 or not product.gated)
+            depth = matmul_sm90.stages(rows, product.inputs, found, halves=1 + product.gated, itemsize=2)
+            assert depth >= min(2, product.inputs // found.inputs // found.parts)
 
 
 # ---------------------------------------------------------------------- a whole decoder
@@ -215,7 +217,7 @@ def shaken(decoder: Decoder) -> Decoder:
     return decoder
 
 
-def wide_tile(kind: str, rows: int, product: Product) -> matmul_sm90.Tile:
+def wide_tile(kind: str, rows: int, product: Product, trial: bool = False) -> matmul_sm90.Tile:
     """Few blocks, because an interpreter runs them one after another."""
     return matmul_sm90.Tile(64, 64, 1 if product.gated else product.inputs // 64)
 
@@ -248,6 +250,7 @@ def test_logits_are_no_worse_than_plain_products(model, layers, rows):
     linears = linears_for(jax.devices()[0], rows, "bfloat16")
     if linears is None:
         pytest.skip(f"{jax.devices()[0].device_kind} runs {rows} rows as plain products")
+    linears = replace(linears, trial=True) if isinstance(linears, ManyRows) else linears
     graph, state = nnx.split(decoder)
 
     def logits(state, linears, **options):

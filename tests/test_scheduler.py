@@ -12,7 +12,7 @@ from jaxllm.core import Core
 from jaxllm.mask import TokenMask
 from jaxllm.pages import OutOfPages, PagePool, chain
 from jaxllm.plan import Bucket, Plan
-from jaxllm.request import OverloadedError, Request, RequestError, SamplingParams
+from jaxllm.request import Output, OverloadedError, Request, RequestError, SamplingParams
 from jaxllm.scheduler import Scheduler, Sequence
 
 VOCAB, EOS = 50, frozenset({7})
@@ -156,7 +156,7 @@ def test_the_smallest_priority_is_served_first_and_gives_way_last():
     ended: list[str] = []
     for name, priority in (("a", 5), ("b", 5), ("late", 5), ("first", -1), ("middle", 0)):
         asked = request(name, [1, 2, 3], priority, max_tokens=20, ignore_eos=True)
-        core.add(asked, lambda output: ended.append(output.request_id) if output.finished else None)
+        core.add(asked, lambda heard: ended.append(heard.request_id) if isinstance(heard, Output) and heard.finished else None)
         core.turn()
     run_dry(core)
     assert ended == ["a", "b", "first", "middle", "late"]
@@ -164,7 +164,7 @@ def test_the_smallest_priority_is_served_first_and_gives_way_last():
     ended.clear()
     for name, priority in (("low", 1), ("high", 0)):
         asked = request(name, [1, 2, 3], priority, max_tokens=30, ignore_eos=True)
-        core.add(asked, lambda output: ended.append(output.request_id) if output.finished else None)
+        core.add(asked, lambda heard: ended.append(heard.request_id) if isinstance(heard, Output) and heard.finished else None)
         core.turn()
     run_dry(core)
     assert core.stats().preemptions == 1 and ended == ["high", "low"]

@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import json
+import re
 import struct
 
 import anthropic
@@ -14,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_fixtures import ENGINES, make_engine, serving
 
 from jaxllm.config import EngineConfig
+from jaxllm.request import StructuredOutputs
 from serving import shapes
 from serving.memory import Store
 from serving.options import ServerOptions
@@ -116,6 +118,111 @@ def test_a_response_goes_on_from_a_stored_one(client, name, stream):
     unstored = respond(client, name, store=False)
     with pytest.raises(openai.NotFoundError):
         client.responses.delete(unstored.id)
+
+
+# ---------------------------------------------------------------------------- structured outputs
+
+PET = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "legs": {"enum": [2, 4]}},
+    "required": ["name", "legs"],
+    "additionalProperties": False,
+}
+NAMED = {"name": "pet", "schema": PET, "strict": True}
+
+
+@pytest.mark.parametrize(
+    ("body", "form"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": NAMED}}, {"json": PET}),
+        ({"response_format": {"type": "json_object"}}, {"json_object": True}),
+        ({"response_format": {"type": "text"}}, None),
+        ({"structured_outputs": {"json": PET}}, {"json": PET}),
+        ({"structured_outputs": {"json": json.dumps(PET)}}, {"json": PET}),
+        ({"structured_outputs": {"regex": "[0-9]{3}"}}, {"regex": "[0-9]{3}"}),
+        ({"structured_outputs": {"choice": ["cat", "dog"]}, "response_format": {"type": "text"}}, {"choice": ["cat", "dog"]}),
+        ({"structured_outputs": {"grammar": 'start: "moo" "!"*'}}, {"grammar": 'start: "moo" "!"*'}),
+        ({"structured_outputs": {"json_object": True}}, {"json_object": True}),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_form_is_asked_for_in_every_spelling(served, path, body, form, stream):
+    asked = {"prompt": "Once"} if path == "/v1/completions" else {"messages": CHAT}
+    asked |= {"max_tokens": 150, "seed": 1} | body
+    if stream:
+        events = [json.loads(event) for event in served.events(path, asked) if event != "[DONE]"]
+        choices = [choice for event in events for choice in event["choices"]]
+        text = "".join(choice.get("text") or choice.get("delta", {}).get("content", "") for choice in choices)
+        reason = choices[-1]["finish_reason"]
+    else:
+        (choice,) = served.post(path, asked).json()["choices"]
+        text, reason = choice.get("text") or choice["message"]["content"], choice["finish_reason"]
+    check_form(served, form, text, reason)
+
+
+def check_form(served, form, text, reason):
+    """The fake engine shows what it was asked, the real one does it."""
+    if isinstance(served.engine, FakeEngine):
+        assert served.engine.served[-1].params.structured_outputs == (form and StructuredOutputs(**form))
+    elif form is not None and reason == "stop":
+        if "json" in form:
+            pet = json.loads(text)
+            assert set(pet) == {"name", "legs"} and len(pet["name"]) <= 12 and pet["legs"] in (2, 4)
+        elif "json_object" in form:
+            assert isinstance(json.loads(text), dict)
+        else:
+            assert re.fullmatch(form.get("regex") or "|".join(form.get("choice", ["moo!*"])), text)
+    else:
+        assert form is None or "json_object" in form or "grammar" in form, f"{text!r} did not end"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_has_a_form_too(client, served, name, stream):
+    text = {"format": {"type": "json_schema", **NAMED}}
+    answer = client.responses.create(model=name, input="A pet", max_output_tokens=150, text=text, stream=stream)
+    response = list(answer)[-1].response if stream else answer
+    assert response.text.format.type == "json_schema" and response.text.format.name == "pet" and response.text.format.schema_ == PET
+    check_form(served, {"json": PET}, response.output_text, "stop" if response.status == "completed" else "length")
+    assert respond(client, name, text={"format": {"type": "text"}}).text.format.type == "text"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "says"),
+    [
+        ("/v1/completions", {"structured_outputs": {}}, "exactly one"),
+        ("/v1/completions", {"structured_outputs": {"json": {}, "regex": "a"}}, "exactly one"),
+        ("/v1/completions", {"structured_outputs": {"whitespace_pattern": "a", "json": {}}}, "whitespace_pattern"),
+        ("/v1/completions", {"structured_outputs": {"regex": 5}}, "structured_outputs.regex"),
+        ("/v1/completions", {"structured_outputs": "json"}, "structured_outputs"),
+        ("/v1/completions", {"structured_outputs": {"regex": "a" * 200_001}}, "at most 200000"),
+        ("/v1/completions", {"guided_json": PET}, "`structured_outputs`"),
+        ("/v1/completions", {"response_format": {"type": "structural_tag"}}, "response_format"),
+        ("/v1/completions", {"response_format": {"type": "json_schema"}}, "json_schema"),
+        ("/v1/completions", {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}}, "without its `schema`"),
+        ("/v1/completions", {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}, "send one of them"),
+        ("/v1/responses", {"structured_outputs": {"regex": "a"}}, "`text.format`"),
+        ("/v1/responses", {"text": {"verbosity": "low"}}, "verbosity"),
+        ("/v1/responses", {"text": {"format": {"type": "json_schema", "name": "a"}}}, "without its `schema`"),
+        ("/v1/messages", {"structured_outputs": {"regex": "a"}, "max_tokens": 5}, "structured_outputs"),
+    ],
+    ids=lambda value: repr(value)[:60],
+)
+def test_forms_that_nobody_can_ask_for(served, path, body, says):
+    prompt = {"/v1/completions": {"prompt": "a"}, "/v1/responses": {"input": "a"}, "/v1/messages": {"messages": CHAT}}[path]
+    answer = served.post(path, prompt | body)
+    assert answer.status_code == 400 and says in answer.json()["error"]["message"], answer.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_form_that_cannot_be_honoured_is_a_400(served, stream):
+    if isinstance(served.engine, FakeEngine):
+        return  # it compiles nothing
+    body = {"prompt": "a", "stream": stream, "structured_outputs": {"json": {"uniqueItems": True}}}
+    answer = served.post("/v1/completions", body)
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "structured_outputs")
+    assert "structured_outputs.json cannot be honoured" in answer.json()["error"]["message"] and "uniqueItems" in answer.text
 
 
 def test_what_is_stored_gives_way_oldest_first():

@@ -22,6 +22,7 @@ from serving.protocol import (
     EngineLike,
     Int,
     SamplingBody,
+    check,
     finite,
     fit,
     make_request,
@@ -64,7 +65,6 @@ class ChatBody(SamplingBody):
         "parallel_tool_calls": (),
         "prediction": (),
         "reasoning_effort": ("none",),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "tool_choice": ("none",),
@@ -121,7 +121,7 @@ async def prepare(context: Context, body: ChatBody) -> "ChatAnswer":
     params = sampling_params(engine, body, fit(engine, len(ids), asked), _logprobs(body))
     answer = ChatAnswer(engine, body, context.fingerprint)
     request = make_request(answer.id, ids, params, body)
-    engine.check(request)
+    await check(engine, request)
     answer.requests.append(request)
     return answer
 

@@ -25,6 +25,7 @@ from serving.protocol import (
     EngineLike,
     Int,
     SamplingBody,
+    check,
     finite,
     fit,
     make_request,
@@ -56,7 +57,6 @@ class CompletionBody(SamplingBody):
     refused: ClassVar[dict[str, tuple]] = {
         **SamplingBody.refused,
         "prompt_embeds": (),
-        "response_format": ({"type": "text"},),
         "suffix": ("",),
     }
 
@@ -100,7 +100,7 @@ async def prepare(context: Context, body: CompletionBody) -> "CompletionAnswer":
         ids = truncated(engine, body, await encode_prompt(engine, prompt, body.add_special_tokens is not False), _asked(engine, body))
         text = prompt if isinstance(prompt, str) and body.truncate_prompt_tokens is None else None
         request = make_request(f"{answer.id}-{i}", ids, _params(engine, body, len(ids)), body, text)
-        engine.check(request)
+        await check(engine, request)
         answer.requests.append(request)
     return answer
 

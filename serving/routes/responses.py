@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar
 from uuid import uuid4
 
 from fastapi import FastAPI
-from pydantic import WithJsonSchema
+from pydantic import BaseModel, ConfigDict, WithJsonSchema
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
@@ -18,14 +18,22 @@ from serving import shapes
 from serving.context import Context
 from serving.errors import ApiError, encode, json_response
 from serving.openapi import documented
-from serving.protocol import DrawingBody, EngineLike, Int, fit, make_request, said, sampling_params, truncated
+from serving.protocol import DrawingBody, EngineLike, Int, check, fit, make_request, said, sampling_params, truncated
 from serving.routes.chat import encode_messages
 from serving.stream import respond
+from serving.structured import ResponsesFormat, asked
 from serving.usage import Usage
 
 _ITEMS = {"type": "array", "items": {"type": "object"}, "minItems": 1}
 Input = Annotated[Any, WithJsonSchema({"anyOf": [{"type": "string"}, _ITEMS]})]
 _TEXT_PARTS = ("input_text", "output_text", "text")
+
+
+class TextOptions(BaseModel):
+    """The field `text`."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    format: ResponsesFormat | None = None
 
 
 class ResponseBody(DrawingBody):
@@ -37,6 +45,9 @@ class ResponseBody(DrawingBody):
     previous_response_id: str | None = said("Go on after this stored response.")
     store: bool | None = said("Keep the response for later; on unless false.")
     metadata: dict[str, str] | None = said("Kept with the response and given back.")
+    text: TextOptions | None = said(
+        "With `format`: the form of the answer, text, json_object, or json_schema with name and schema beside it."
+    )
     user: str | None = said("Given back; has no other effect.")
 
     refused: ClassVar[dict[str, tuple]] = {
@@ -48,8 +59,9 @@ class ResponseBody(DrawingBody):
         "parallel_tool_calls": (True, False),
         "prompt": (),
         "reasoning": ({},),
+        "response_format": (),
         "service_tier": ("auto", "default"),
-        "text": ({}, {"format": {"type": "text"}}),
+        "structured_outputs": (),
         "tool_choice": ("none", "auto"),
         "tools": ([],),
         "top_logprobs": (0,),
@@ -92,10 +104,11 @@ async def prepare(context: Context, body: ResponseBody) -> "ResponseAnswer":
     conversation = [*before, *parse_input(body.input)]
     system = [{"role": "system", "content": body.instructions}] if body.instructions else []
     ids = truncated(engine, body, await encode_messages(engine, [*system, *conversation], {}), body.max_output_tokens)
-    params = sampling_params(engine, body, fit(engine, len(ids), body.max_output_tokens), None)
+    form = asked(body.text.format if body.text else None, param="text.format")
+    params = sampling_params(engine, body, fit(engine, len(ids), body.max_output_tokens), None, structured_outputs=form)
     answer = ResponseAnswer(context, body, conversation, params)
     request = make_request(answer.id, ids, params, body)
-    engine.check(request)
+    await check(engine, request)
     answer.requests.append(request)
     return answer
 
@@ -150,7 +163,7 @@ class ResponseAnswer:
             "reasoning": {"effort": None, "summary": None},
             "store": body.store is not False,
             "temperature": params.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format(body)},
             "tool_choice": "none",
             "tools": [],
             "top_logprobs": 0,
@@ -231,6 +244,12 @@ class ResponseAnswer:
 
     def failed(self, error: ApiError) -> bytes:
         return self._event("error", code=error.code, message=error.message, param=error.param, **error.body)
+
+
+def _format(body: ResponseBody) -> dict[str, Any]:
+    """The form asked for, as it is given back."""
+    format = body.text.format if body.text else None
+    return {"type": "text"} if format is None else format.model_dump(by_alias=True, exclude_none=True)
 
 
 def _part(text: str) -> dict:
