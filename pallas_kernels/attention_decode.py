@@ -26,6 +26,7 @@ from pallas_kernels.blocks import Decode, features
 from pallas_kernels.work import CUT, ROW, Rows, Shares
 
 JOINED = 32  # lines of parts that are joined in one turn
+UNREAD = ("arrived", "unused")  # of a line of the plan
 
 
 def decode(
@@ -34,7 +35,8 @@ def decode(
 ) -> tuple[Array, ...]:  # fmt: skip
     """Attention of the M decode lanes: (o [M, Q, H],), zeros where no row decodes; with `lse` also the log-sum-exp [M, Q], -inf there.
 
-    chunk: the same of all N lanes, whose first M are then written in place.
+    chunk: the same of all N lanes, whose first M are then written in place. The plan's counters are counted up and set back: calls that share a
+    plan run one after another, as those of a step's layers do.
     """
     (_, kv_heads, page_size, head_dim), heads = k_pages.shape, q_NQH.shape[1]
     count, workers, planes = rows.length_M.shape[0], shares.cut_WF.shape[0] - 1, 2 if k_pages.dtype == FP8 else 1
@@ -47,15 +49,8 @@ def decode(
         q_MQH = jnp.clip(q_NQH[:count], -F16_MAX, F16_MAX).astype(jnp.float16)  # q of bfloat16 has no bits that float16 would round
         q_LNQH = jnp.stack([q_MQH[..., plane::2] for plane in range(2)])
     inputs = (q_LNQH, k_pages, v_pages, rows.table_MP, shares.row_MF, shares.cut_WF, *extras.values())
-    # Zeros of each call's own: XLA makes those of all layers in one kernel when a step begins, and none waits for them.
-    written = (*(chunk or ()), jnp.zeros(workers, jnp.int32))
-    parts = (2 * workers, heads // kv_heads)
-    outputs = (
-        *(chunk or out),
-        written[-1],
-        jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct(parts, jnp.float32),
-    )
+    written, parts = chunk or (), (2 * workers, heads // kv_heads)
+    outputs = *(chunk or out), jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)
     options = _Options(
         heads // kv_heads, kv_heads, page_size, head_dim, planes, blocks.kv_block, workers, lse, scale, window, softcap, interpret
     )
@@ -63,7 +58,7 @@ def decode(
         partial(_kernel, options, tuple(extras)),
         grid=(workers,),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        input_output_aliases={len(inputs) + i: len(out) + 1 - len(written) + i for i in range(len(written))},
+        input_output_aliases={len(inputs) + i: i for i in range(len(written))},
         compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
         name="paged_decode",
@@ -140,10 +135,10 @@ class _Place:
 
 
 def _kernel(options: _Options, names, q, k, v, table, row, cut, *rest):
-    extras, outputs = dict(zip(names, rest, strict=False)), rest[-4 - options.lse :]
+    extras, outputs = dict(zip(names, rest, strict=False)), rest[-3 - options.lse :]
     refs = SimpleNamespace(q=q, k=k, v=v, table=table, row=row, cut=cut, extras=extras, o=outputs[0])
     refs.lse = outputs[1] if options.lse else None
-    refs.arrived, refs.part, refs.part_lse = outputs[-3:]
+    refs.part, refs.part_lse = outputs[-2:]
     worker = pl.program_id(0)
     here = _line(refs.cut, CUT, worker)
     pl.when(here.idle > 0)(partial(_zeros, options, refs, worker))
@@ -161,7 +156,7 @@ def _kernel(options: _Options, names, q, k, v, table, row, cut, *rest):
 
 def _line(ref, names, place):
     """The numbers of a line of the plan, by name."""
-    return SimpleNamespace(**{name: plt.load(ref.at[place, jnp.int32(column)]) for column, name in enumerate(names) if name != "unused"})
+    return SimpleNamespace(**{name: plt.load(ref.at[place, jnp.int32(column)]) for column, name in enumerate(names) if name not in UNREAD})
 
 
 def _pages(options: _Options, refs, here: _Row, block):
@@ -271,8 +266,13 @@ def _join_cut(options: _Options, refs, worker):
         @pl.when(cut)
         def _():
             # One worker at most has a given one as the first of a cut (row, head). The atomic releases and acquires.
-            arrived = plt.atomic_add(refs.arrived, (first,), jnp.int32(1))
-            pl.when(arrived == last - first)(partial(_join, options, refs, row, head, first, last))
+            counter = first, jnp.int32(CUT.index("arrived"))
+            arrived = plt.atomic_add(refs.cut, counter, jnp.int32(1))
+
+            @pl.when(arrived == last - first)
+            def _():
+                plt.store(refs.cut.at[counter], jnp.int32(0))  # as the next layer must find it
+                _join(options, refs, row, head, first, last)
 
         return jnp.where(cut, first, joined)
 

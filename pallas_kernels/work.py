@@ -57,8 +57,9 @@ class Lanes:
 ROW = ("count", "next", "next_length")
 # What a line of `Shares.cut_WF` says of the place where a worker begins: the entry of the list, its row, head and block, counted from the
 # row's begin, and the page of the block's first token; the row's length, the next row and its length; how many rows do not decode; if the
-# cut is inside a (row, head), the first and the last worker that have a part of it, else -1. A line is 64 bytes.
-CUT = ("entry", "row", "head", "block", "page", "length", "next", "next_length", "idle", "opener", "closer", *["unused"] * 5)
+# cut is inside a (row, head), the first and the last worker that have a part of it, else -1; and a counter, zero between two calls, of the
+# workers that have left their part of the (row, head) that this worker is the first to have a part of. A line is 64 bytes.
+CUT = ("entry", "row", "head", "block", "page", "length", "next", "next_length", "idle", "opener", "closer", "arrived", *["unused"] * 4)
 
 
 @jax.tree_util.register_dataclass
@@ -160,6 +161,7 @@ def shares(rows: Rows, *, kv_heads: int, page_size: int, kv_block: int, window: 
         "idle": jnp.sum(~decodes_M, dtype=jnp.int32),
         "opener": jnp.where(before_W1 > 0, holder(entry_W1 - before_W1), -1),
         "closer": jnp.where(before_W1 > 0, holder(entry_W1 - before_W1 + blocks_W1 - 1), -1),
+        "arrived": 0,
         "unused": 0,
     }
     return Shares(
