@@ -35,8 +35,8 @@ def decode(
 ) -> tuple[Array, ...]:  # fmt: skip
     """Attention of the M decode lanes: (o [M, Q, H],), zeros where no row decodes; with `lse` also the log-sum-exp [M, Q], -inf there.
 
-    chunk: the same of all N lanes, whose first M are then written in place. The plan's counters are counted up and set back: calls that share a
-    plan run one after another, as those of a step's layers do.
+    chunk: the same of all N lanes, whose first M are then written in place. The plan's counters are counted up and set back: calls that
+    share a plan run one after another, as those of a step's layers do.
     """
     (_, kv_heads, page_size, head_dim), heads = k_pages.shape, q_NQH.shape[1]
     count, workers, planes = rows.length_M.shape[0], shares.cut_WF.shape[0] - 1, 2 if k_pages.dtype == FP8 else 1
