@@ -60,20 +60,31 @@ class Recipe:
         """For another process, which has not these devices but their description."""
         devices = list(self.mesh.devices.flat)
         topology = topologies.TopologyDescription(devices).serialize()
-        return pickle.dumps((settings(), topology, [d.id for d in devices], self.model, self.plan, self.implementation))
+        facts = [_facts(device) for device in devices]
+        return pickle.dumps((settings(), topology, facts, self.model, self.plan, self.implementation))
 
     @classmethod
     def read(cls, described: bytes) -> "Recipe":
-        """There. Everything is traced and lowered as if the described devices were this process's from here on."""
-        settings_there, topology, ids, model, plan, implementation = pickle.loads(described)
+        """There. Everything is traced and lowered as if the described devices were this process's from here on.
+
+        Raises ValueError if the description lost what kernels are chosen by.
+        """
+        settings_there, topology, facts, model, plan, implementation = pickle.loads(described)
         for name, value in settings_there.items():
             if name not in _PLACES and jax.config.values.get(name) != value:
                 jax.config.update(name, value)
         jax.devices()  # starts what the description is read with
         by_id = {device.id: device for device in topologies.TopologyDescription.deserialize(topology).devices}
-        devices = [by_id[number] for number in ids]
+        devices = [by_id[number] for number, *_ in facts]
+        if (found := [_facts(device) for device in devices]) != facts:
+            raise ValueError(f"the devices are {facts}, but their description says {found}")
         jax.config.update("jax_default_device", devices[0])  # which kernels ask for, and for its capability
         return cls(model, plan, make_mesh(devices), implementation)
+
+
+def _facts(device: Any) -> tuple:
+    """What tells the device, and what kernels and their sizes are chosen by."""
+    return device.id, device.platform, device.device_kind, *(getattr(device, name, None) for name in ("compute_capability", "core_count"))
 
 
 @dataclass(frozen=True)
@@ -92,7 +103,7 @@ class Answer:
         if any(extra):
             raise ValueError(f"{program.name} is more than its text: {extra}")
         text = io.BytesIO()
-        done.compiler_ir().operation.write_bytecode(text)
+        inner.stablehlo().operation.write_bytecode(text)
         out = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), done.out_info)
         return cls(text.getvalue(), arguments(program), out)
 
@@ -106,8 +117,8 @@ class Answer:
 
         # No public way leads from a text to something that compiles with donation and places. What takes and gives the same has all else.
         made = program.jit(stand_in, options).lower(*program.args)
-        module = made.compiler_ir()
-        made._lowering._hlo = type(module).parse(self.stablehlo, module.context)
+        inner: Any = made._lowering
+        inner._hlo = type(inner._hlo).parse(self.stablehlo, inner._hlo.context)
         return made
 
 
@@ -125,11 +136,11 @@ def lowered(todo: Sequence[Program], options: dict[str, Any], recipe: Recipe, he
     with contextlib.closing(_Work(todo, recipe, min(helpers, len(todo) // EACH))) as work:
         for _ in todo:
             program, answer = work.next()
+            done = None
             try:
                 done = answer and answer.adopted(program, options)
-            except ValueError as error:
-                log.warning("a helper's answer cannot be used: %s; lowering it here", error)
-                done = None
+            except Exception as error:  # no answer is worth a start
+                log.warning("a helper's answer cannot be used (%s): lowering it here", error)
             yield program, done or program.lower(options)
 
 
@@ -140,11 +151,16 @@ class _Work:
         self._waiting = deque(todo)
         self._answers: queue.SimpleQueue[tuple[Program, Answer | None]] = queue.SimpleQueue()
         self._over = False
-        self._processes = [_start() for _ in range(helpers)]
-        described = recipe.described() if helpers else b""
-        self._threads = [threading.Thread(target=self._drive, args=(process, described)) for process in self._processes]
-        for thread in self._threads:
-            thread.start()
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._threads: list[threading.Thread] = []
+        try:
+            described = recipe.described() if helpers else b""
+            for _ in range(helpers):
+                self._processes.append(process := _start())
+                self._threads.append(threading.Thread(target=self._drive, args=(process, described)))
+                self._threads[-1].start()
+        except Exception as error:
+            log.warning("%d of %d helpers could be started (%s)", len(self._threads), helpers, error)
 
     def next(self) -> tuple[Program, Answer | None]:
         """A program and what a helper made of it, or one that is to be lowered here. To be called once for each program."""
@@ -182,7 +198,7 @@ class _Work:
                         log.warning("a helper could not lower %s (%s): lowering it here", program.name, answer)
                     self._answers.put((program, answer if isinstance(answer, Answer) else None))
                 process.kill()
-        except (OSError, EOFError, pickle.UnpicklingError) as error:
+        except Exception as error:  # which may be anything, where another process's bytes are read
             if not self._over:
                 log.warning("a helper ended too early (%r): lowering its programs here", error)
             if program is not None:

@@ -160,7 +160,7 @@ class Runner:
 
     def _check_memory(self) -> None:
         """A step must fit beside weights and cache. It is XLA's own figure, not a trial run's."""
-        compiled = [*self._steps.values(), *self._edited_draws.values()]
+        compiled: list[Any] = [*self._steps.values(), *self._edited_draws.values()]
         needed = max(c.memory_analysis().temp_size_in_bytes for c in compiled)
         log.debug("the largest step needs %.2f GiB beside weights and cache", needed / GIB)
         if self.plan.step_bytes is not None and needed > self.plan.step_bytes:

@@ -1,6 +1,7 @@
 """Programs lowered by several processes: the same programs, whatever becomes of those processes."""
 
 import dataclasses
+import pickle
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -71,37 +72,29 @@ def test_an_engine_runs_what_helpers_lowered(helped, monkeypatch):
     assert sum(name.startswith("step of") for name in helped.adopted) >= 5
 
 
-HELPERS = {
-    "ends at once": "",
-    "ends when it is asked": "import pickle, sys; r = sys.stdin.buffer; pickle.load(r); pickle.dump(0, sys.stdout.buffer)",
-    "says what nobody understands": "print('hello')",
-}
+ENDS = "import pickle, sys; pickle.load(sys.stdin.buffer); pickle.dump(0, sys.stdout.buffer); sys.stdout.flush()"
+HELPERS = {"ends at once": "", "ends when it is asked": ENDS, "says what nobody understands": "print('hello')"}
+
+
+def start(program: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
 @pytest.mark.parametrize("what", HELPERS)
-def test_what_a_broken_helper_took_is_lowered_here(what, monkeypatch, caplog):
-    start = lambda: subprocess.Popen([sys.executable, "-c", HELPERS[what]], stdin=subprocess.PIPE, stdout=subprocess.PIPE)  # noqa: E731
-    monkeypatch.setattr(lowering, "_start", start)
+def test_what_a_broken_helper_took_is_lowered_here(what, helped, monkeypatch, caplog):
+    monkeypatch.setattr(lowering, "_start", lambda: start(HELPERS[what]))
     made = recipe()
     assert texts(made, helpers=2).keys() == {program.name for program in made.programs()}
-    assert "a helper ended too early" in caplog.text
+    assert caplog.text.count("a helper ended too early") == 2
 
 
 def test_a_silent_helper_is_given_up(monkeypatch, caplog):
-    silent = (
-        "import pickle, sys, time; pickle.load(sys.stdin.buffer); pickle.dump(0, sys.stdout.buffer); sys.stdout.flush(); time.sleep(600)"
-    )
-    processes = []
-
-    def start():
-        processes.append(subprocess.Popen([sys.executable, "-c", silent], stdin=subprocess.PIPE, stdout=subprocess.PIPE))
-        return processes[-1]
-
-    monkeypatch.setattr(lowering, "_start", start)
+    silent = start(f"{ENDS}; import time; time.sleep(600)")
+    monkeypatch.setattr(lowering, "_start", lambda: silent)
     monkeypatch.setattr(lowering, "PATIENCE_S", 0.1)
     made = recipe()
     assert texts(made, helpers=1).keys() == {program.name for program in made.programs()}
-    assert "no helper has lowered anything" in caplog.text and processes[0].returncode is not None
+    assert "no helper has lowered anything" in caplog.text and silent.returncode is not None
 
 
 def test_programs_made_from_something_else_are_not_taken(helped, caplog):
@@ -128,6 +121,23 @@ def test_a_helper_ends_with_the_process_that_asked():
     assert helper.wait(20) == 0
     assert helper.stdout is not None
     helper.stdout.close()
+
+
+def test_devices_that_cannot_be_described_cost_a_warning(monkeypatch, caplog):
+    def fails(self):
+        raise NotImplementedError("no description")
+
+    monkeypatch.setattr(Recipe, "described", fails)
+    made = recipe()
+    assert texts(made, helpers=2).keys() == {program.name for program in made.programs()}
+    assert "0 of 2 helpers could be started (no description)" in caplog.text
+
+
+def test_a_description_that_lost_something_is_refused():
+    settings, topology, facts, *rest = pickle.loads(recipe().described())
+    lost = pickle.dumps((settings, topology, [(*facts[0][:-1], 132)], *rest))
+    with pytest.raises(ValueError, match=r"132.* but their description says"):
+        Recipe.read(lost)
 
 
 def test_only_a_gpu_is_worth_helpers(monkeypatch):
