@@ -12,8 +12,16 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import jax
 import pytest
 from aot_compile import local_in_loops
+from jax.experimental import topologies
+
+from bench.workloads import SHAPES
+from converters.checkpoint import read_config
+from jaxllm import lowering
+from jaxllm.parallel import make_mesh
+from jaxllm.plan import Bucket, Plan
 
 HERE = Path(__file__).parent
 WHEELS = ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc", "nvidia-cuda-nvdisasm", "nvidia-nvvm", "nvidia-cuda-runtime")
@@ -134,3 +142,18 @@ def test_a_decode_layer_is_few_kernels(target, job):
     thunks = [line for line in result(target, job)["thunks"].splitlines() if "kCustomKernel" in line or "kCustomCall" in line]
     first, second = (place for place, line in enumerate(thunks) if "paged_decode" in line)
     assert second - first == LAYER[target, job]
+
+
+def test_a_process_without_the_gpu_lowers_for_it():
+    """The step's kernels are in its text: those that are made for one capability, and with sizes measured on one kind of device."""
+    jax.devices()  # without a backend there is nothing to describe a device with
+    text = (HERE / "targets" / "h200.txtpb").read_text()
+    described = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
+    model = read_config(SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": 2, "vocab_size": 1024}).for_context(1024)
+    plan = Plan("bfloat16", 1024, 64, 2048, 64, (Bucket(0, 64),), Bucket(256, 1, True), False, 20, 1)
+    with lowering._start() as helper:
+        assert lowering._ask(helper, lowering.Recipe(model, plan, make_mesh(described.devices), "sm90").described()) == "ready"
+        answer = lowering._ask(helper, "step of 64 rows and 0 prompt tokens")
+        helper.kill()
+    assert isinstance(answer, lowering.Answer), answer
+    assert b"mosaic_gpu_v2" in answer.stablehlo and b"__gpu$xla.gpu.triton" in answer.stablehlo
