@@ -215,7 +215,7 @@ def test_an_engine_process_that_loads_does_not_outlive_who_started_it():
     program = (
         "import sys, time, serving.engine_process as e\n"
         "def load(config): print('loading', flush=True); time.sleep(60)\n"
-        "e.load_engine_parts = load; sys.exit(e.main('ipc:///tmp/never'))"
+        "sys.exit(e.main('ipc:///tmp/never', load))"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None
