@@ -281,7 +281,7 @@ class Core:
                 if live.request.embed:
                     assert result.hidden is not None
                     live.embedding = unit(result.hidden[i].tolist())
-                for token in result.tokens[i][: row.samples]:
+                for token in result.tokens[i]:
                     self._take_token(live, answer, token)
                     if row.sequence.finished:  # whatever it drew behind its end
                         break

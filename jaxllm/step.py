@@ -121,7 +121,7 @@ def model_step(
 ) -> tuple[Cache, Array, Array, Ports, tuple[Array, ...]]:
     """One dispatch: (cache, last_S, table_SP, ports, prompt log-probabilities of a scored bucket). `inbox` is what `batch.pack` made.
 
-    Rows that decode do so as often as they draw, each on the token it drew before.
+    Rows that decode do so as often as they draw, each on the token it drew before, all of them in the last turn.
     Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
     patch_S: what each row slot brings for the patch.
     """
@@ -129,10 +129,12 @@ def model_step(
     if bucket.chunk or plan.decode_steps == 1:
         return one(inbox, jnp.int32(0), cache, last_S, table_SP, ports)
 
-    def again(i, state):
-        return one(repetition(inbox, bucket, i), i, *state)[:-1]
+    turns = repeats(inbox, bucket)
 
-    return *lax.fori_loop(jnp.int32(0), repeats(inbox, bucket), again, (cache, last_S, table_SP, ports)), ()
+    def again(i, state):
+        return one(repetition(inbox, bucket, i, turns), i, *state)[:-1]
+
+    return *lax.fori_loop(jnp.int32(0), turns, again, (cache, last_S, table_SP, ports)), ()
 
 
 def _one_step(decoder, plan, mesh, implementation, bucket, floats_SF, ints_SI, patch, patch_S, packed, i, cache, last_S, table_SP, ports):

@@ -1,9 +1,11 @@
 """What must not be drawn is not drawn, row by row, and embeddings are the network's own hidden states."""
 
+from types import SimpleNamespace
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import LONGEST, Gather, answer, core, dense_logits, finish, naive
+from engines import LONGEST, Gather, answer, core, counted_compilations, dense_logits, finish, naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import decoder
@@ -109,6 +111,37 @@ def test_steps_in_which_rows_are_masked_and_no_more():
         "fixed": masked_naive(count, fixed),
         "changing": masked_naive(count, changing),
     }
+
+
+def test_a_row_that_waits_for_its_mask_has_a_token_while_free_ones_have_several():
+    """Whoever draws less often than others in a dispatch, its last turn included, has the tokens that it has by itself."""
+    free, vocab = naive("qwen3", PROMPT, 21), 64
+    changing = TokenMask(None, [(free[0], free[1]), (free[4],)], vocab)
+    prompts = {"free": PROMPT, "waits": PROMPT, "sampled": (7, 8, 9), "short": (20, 21)}
+    hot = dict(temperature=0.9, top_p=0.9, seed=5)
+    held = dict(max_tokens=11, allowed_token_ids=range(vocab))
+    wants = {"free": dict(max_tokens=21), "waits": held, "sampled": dict(max_tokens=21, **hot), "short": dict(max_tokens=4)}
+
+    def request(name: str) -> Request:
+        return Request(name, prompts[name], SamplingParams(**{"temperature": 0, "ignore_eos": True, **wants[name]}))
+
+    alone = {name: answer(core("qwen3"), request(name))[0].tokens() for name in ("sampled", "short")}
+    engine, gathers, turns = core("qwen3", decode_steps=3), {name: Gather() for name in wants}, []
+    run = engine._runner.run
+    engine._runner = SimpleNamespace(run=lambda step: turns.append(sorted(row.samples for row in step.rows)) or run(step))
+    for name, gather in gathers.items():
+        engine.add(request(name), gather)
+    engine._live["waits"].answers[0].sequence.mask = changing
+    with counted_compilations() as compilations:
+        finish(engine)
+    assert not compilations
+    assert {name: gather.tokens() for name, gather in gathers.items()} == {
+        "free": free,
+        "waits": masked_naive(11, changing),
+        **alone,
+    }
+    # A prompt step; dispatches of two turns while one waits; and none of a length that nobody has left.
+    assert turns[1] == [1, 2, 2, 2] and turns[2] == [1, 1, 2, 2] and turns[3:11] == [[1, 2, 2]] * 8 and len(turns) == 11
 
 
 def embedding(gather: Gather) -> tuple[float, ...]:
