@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench import answers, load, record, serve, traffic
+from bench import answers, load, record, serve
 from bench.client import Target
 from bench.traffic import Call
 
@@ -48,18 +48,16 @@ class Run:
 
 
 class Server:
-    """A server without a device, until `close`."""
+    """A server on a free port until `close`: a module that takes `serve` and its flags. Raises RuntimeError if it does not start."""
 
-    def __init__(self, api_servers: int, step_ms: float, flags: list[str]):
-        self._api_servers = api_servers
-        command = [sys.executable, "-m", "bench.null_engine", "--step-ms", str(step_ms), "serve", "--port", "0", "--disable-log-stats"]
-        command += ["--api-server-count", str(api_servers), *flags]
+    def __init__(self, *command: str):
+        command = (sys.executable, "-m", *command, "--port", "0", "--disable-log-stats")
         self._process = subprocess.Popen(command, cwd=Path(__file__).parent.parent, stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None
         found = re.search(r" at (http\S+)", self._process.stdout.readline())
         if found is None:
             self.close()
-            raise RuntimeError("the server without a device did not start; what it printed says why")
+            raise RuntimeError("the server did not start; what it printed says why")
         self.url = found[1]
 
     def close(self) -> None:
@@ -83,9 +81,9 @@ def _cpu(pid: int) -> float:
 
 @contextmanager
 def started(api_servers: int, args: argparse.Namespace) -> Iterator[Server]:
-    flags = ["--max-num-seqs", str(args.clients), "--max-model-len", str(args.input_len + args.output_len)]
-    flags += ["--num-scheduler-steps", str(args.num_scheduler_steps), *(["--model", args.model] if args.model else [])]
-    server = Server(api_servers, args.step_ms, flags)
+    flags = ["--api-server-count", str(api_servers), "--num-scheduler-steps", str(args.num_scheduler_steps)]
+    flags += ["--max-num-seqs", str(args.clients), "--max-model-len", str(args.input_len + args.output_len)]
+    server = Server("bench.null_engine", "--step-ms", str(args.step_ms), "serve", *flags, *(["--model", args.model] if args.model else []))
     try:
         yield server
     finally:

@@ -4,7 +4,7 @@
     python -m bench.null_engine --step-ms 12.8 serve --port 8001 --max-num-seqs 256
 
 HTTP, API processes, the socket, core, scheduler, pages and detokenizer are the ones that serve; only the network is missing. It takes the
-flags of `jaxllm serve`. A step takes no time, or as long as is said. With an address in place of `serve` it is that server's engine process.
+flags of `jaxllm serve`. A step takes no time, or as long as is said. With an address in place of `serve` it is the engine process.
 """
 
 import argparse
