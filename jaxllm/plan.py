@@ -67,11 +67,6 @@ class Plan:
     step_bytes: int | None = None  # device memory set aside for the temporaries of one step; None on a CPU
 
     @property
-    def shared_steps(self) -> int:
-        """As decode_steps, beside rows that wait for the host before each of their tokens, and so have one of them in a dispatch."""
-        return -(-self.decode_steps // 2)
-
-    @property
     def page_dtype(self) -> str:
         return self.kv_dtype or self.dtype
 

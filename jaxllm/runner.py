@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import stack_size
 from typing import Any
@@ -225,7 +225,7 @@ class Runner:
             job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_RM,), ())
             job(f"hidden of {m}", self._hiddens, m, partial(jnp.array, dtype=jnp.float32), (ports.hidden_MD,), ())
             args = (s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
-            job(f"masked draw of {m}", self._masked_draws, m, partial(device.draw_masked, *how), args, (0,))
+            job(f"masked draw of {m}", self._masked_draws, m, partial(device.draw_masked, *how), args, (0, 5))
             args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, s.banned_SW, ports.head_3M, ports.logits_MV)
             edited = partial(device.draw_edited, *how, count=self.plan.max_logprobs)
             job(f"edited draw of {m}", self._edited_draws, m, edited, args, (0, 1))
@@ -318,7 +318,8 @@ class Runner:
 
     def _draw_masked(self, rows: int) -> Array:
         s, ports = self._state, self._ports[rows]
-        s.last_S, tokens = self._masked_draws[rows](s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
+        s.last_S, tokens, logits = self._masked_draws[rows](s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
+        self._ports[rows] = replace(ports, logits_MV=logits)
         return tokens
 
     def _draw_edited(self, rows: int) -> list[Array]:

@@ -176,18 +176,17 @@ class Scheduler:
         """Every running sequence with several tokens to draw in one dispatch; nothing if somebody waits, or if one of them cannot.
 
         What edits a row's logits, and an embedding, needs each token by itself. A row whose mask depends on its tokens has one in a dispatch,
-        beside rows that have several, but not as many as without it, since it waits for them. Nobody is preempted for this.
+        beside those that have several. Nobody is preempted for this.
         """
-        size = self.plan.page_size
-        if self.plan.decode_steps == 1 or self.waiting or not self.running:
+        most, size = self.plan.decode_steps, self.plan.page_size
+        if most == 1 or self.waiting or not self.running:
             return []
         drawing = [s for s in self.running if s.length < s.limit]
         if any(s.todo != 1 or s.params.edits or s.request.embed or (s.mask is not None and not s.masked) for s in drawing):
             return []
-        most = self.plan.shared_steps if any(s.masked for s in drawing) else self.plan.decode_steps
         counts = [1 if s.masked else min(most, s.limit - s.length) for s in drawing]
         pages = sum(s.computed + count > len(s.pages) * size for s, count in zip(drawing, counts, strict=True))
-        if max(counts, default=0) < max(most, 2) or pages > self.pool.available:
+        if max(counts, default=0) < most or pages > self.pool.available:
             return []
         return [self._decode(s, count) for s, count in zip(drawing, counts, strict=True)]
 

@@ -257,8 +257,8 @@ def test_several_tokens_come_of_one_dispatch_when_nobody_waits():
     assert dispatches(4, long, short) == 6, "a row that ends inside of one does not hold the others up"
     assert dispatches(4, request("fits", [1], ignore_eos=True, max_tokens=4)) == 4, "nothing is repeated for fewer tokens than it gives"
     assert dispatches(4, long, request("edited", [5], ignore_eos=True, max_tokens=21, min_tokens=2)) == 21
-    waits = request("waits", [6], ignore_eos=True, max_tokens=11)
-    assert dispatches(4, waits) == 11 and dispatches(4, long, waits) == 11, "a token of one that waits, beside two of one that need not"
+    waits = request("waits", [6], ignore_eos=True, max_tokens=6)
+    assert dispatches(4, waits) == 6 and dispatches(4, long, waits) == 6, "a token of one that waits, beside four of one that need not"
     assert dispatches(4, long, waits, request("fixed", [6], max_tokens=21, ignore_eos=True, allowed_token_ids=range(VOCAB))) == 21
     assert dispatches(4, *(request(f"r{i}", [i], ignore_eos=True, max_tokens=9) for i in range(6))) > 10, "some wait for a row"
 
