@@ -61,8 +61,10 @@ class Server:
         self.url = found[1]
 
     def close(self) -> None:
+        assert self._process.stdout is not None
         self._process.terminate()
         self._process.wait(60)
+        self._process.stdout.close()
 
     def cpu(self) -> dict[str, list[float]]:
         """Seconds of CPU that each process has used, by kind."""
@@ -150,8 +152,11 @@ def main(argv: list[str] | None = None) -> None:
     print(f"no device, {processor()}, {record.versions()}\n{command}", flush=True)
     rows = []
     for api_servers in args.api_servers:
-        with started(api_servers, args) as server:
-            run = measure(server, args)
+        try:
+            with started(api_servers, args) as server:
+                run = measure(server, args)
+        except (RuntimeError, ValueError) as error:
+            raise SystemExit(f"jaxllm bench api: {error}") from error
         rows.append(row(run, api_servers, args))
         print(f"{record.describe(rows[-1])}  API processes {api_servers}, ITL p99 {run.itl_p99_ms:.1f} ms\n  {run}", flush=True)
         if run.failures:

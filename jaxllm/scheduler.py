@@ -175,8 +175,8 @@ class Scheduler:
     def _repeated(self) -> list[Row]:
         """Every running sequence with several tokens to draw in one dispatch; nothing if somebody waits, or if one of them cannot.
 
-        What edits a row's logits, and an embedding, needs each token by itself. A row whose mask depends on its tokens has one in a dispatch,
-        beside those that have several. Nobody is preempted for this.
+        What edits a row's logits, and an embedding, needs each token by itself. A row whose mask depends on its tokens has one in a
+        dispatch, beside those that have several. Nobody is preempted for this.
         """
         most, size = self.plan.decode_steps, self.plan.page_size
         if most == 1 or self.waiting or not self.running:

@@ -79,9 +79,7 @@ def test_free_rows_lose_what_they_wait_longer_beside_forms(llm):
     free, beside, formed, loss = structured.measure(bench(llm), rows=2, prompt=16, steps=32, repeats=3)
     assert [row["value"] for row in (free, beside, formed, loss)] == pytest.approx([2.0, 2.5, 6.0, 0.2])
     assert (free["forms"], beside["forms"], loss["forms"], loss["batch"], loss["context"]) == (0, 2, 2, 4, "16-48")
-    begun, ended, few = (
-        [(form, count, 16) for form, count in zip((True, True, False, False), counts)] for counts in ([1] * 4, [33] * 4, [5, 5, 33, 33])
-    )
+    begun, ended, few = ([(i < 2, count, 16) for i, count in enumerate(counts)] for counts in ([1] * 4, [33] * 4, [5, 5, 33, 33]))
     unformed = [[(False, count, 16)] * 4 for count in (1, 33)]
     assert batches == [*unformed, begun, ended, begun, few] * 3
     llm.short = 1

@@ -11,7 +11,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from jaxllm.core import Core
 from jaxllm.mask import TokenMask
 from jaxllm.pages import OutOfPages, PagePool, chain
-from jaxllm.mask import TokenMask
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import Output, OverloadedError, Request, RequestError, SamplingParams
 from jaxllm.scheduler import Scheduler, Sequence
