@@ -84,7 +84,7 @@ def _cpu(pid: int) -> float:
 @contextmanager
 def started(api_servers: int, args: argparse.Namespace) -> Iterator[Server]:
     flags = ["--api-server-count", str(api_servers), "--num-scheduler-steps", str(args.num_scheduler_steps)]
-    flags += ["--max-num-seqs", str(args.clients), "--max-model-len", str(args.input_len + args.output_len)]
+    flags += ["--max-num-seqs", str(args.clients)]
     server = Server("bench.null_engine", "--step-ms", str(args.step_ms), "serve", *flags, *(["--model", args.model] if args.model else []))
     try:
         yield server
