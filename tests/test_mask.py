@@ -1,7 +1,5 @@
 """What must not be drawn is not drawn, row by row, and embeddings are the network's own hidden states."""
 
-from types import SimpleNamespace
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -113,7 +111,7 @@ def test_steps_in_which_rows_are_masked_and_no_more():
     }
 
 
-def test_a_row_that_waits_for_its_mask_has_a_token_while_free_ones_have_several():
+def test_a_row_that_waits_for_its_mask_has_a_token_while_free_ones_have_several(monkeypatch):
     """Whoever draws less often than others in a dispatch, its last turn included, has the tokens that it has by itself."""
     free, vocab = naive("qwen3", PROMPT, 22), 64
     changing = TokenMask(None, [(free[0], free[1]), (free[4],)], vocab)
@@ -127,8 +125,14 @@ def test_a_row_that_waits_for_its_mask_has_a_token_while_free_ones_have_several(
 
     alone = {name: answer(core("qwen3"), request(name))[0].tokens() for name in ("sampled", "short")}
     engine, gathers, turns = core("qwen3", decode_steps=3), {name: Gather() for name in wants}, []
-    run = engine._runner.run
-    engine._runner = SimpleNamespace(run=lambda step: turns.append(sorted(row.samples for row in step.rows)) or run(step))
+    schedule = engine._scheduler.next
+
+    def noted():
+        if (step := schedule()) is not None:
+            turns.append(sorted(row.samples for row in step.rows))
+        return step
+
+    monkeypatch.setattr(engine._scheduler, "next", noted)
     for name, gather in gathers.items():
         engine.add(request(name), gather)
     engine._live["waits"].answers[0].sequence.mask = changing
