@@ -144,7 +144,7 @@ def plan_work(
     assert isinstance(decode, Decode) and isinstance(prefill, Prefill)
     return Work(
         lanes=None if kernel else lanes(rows, chunk),
-        shares=_shares(rows, kv_heads, decode, window, interpret) if kernel and decodes else None,
+        shares=_shares(rows, kv_heads, page_size, decode, window, interpret) if kernel and decodes else None,
         tiles=_tiles(rows, implementation, group, prefill, chunk, decodes) if kernel and chunk else None,
         implementation=implementation,
         page_size=page_size,
@@ -159,9 +159,9 @@ def plan_work(
     )
 
 
-def _shares(rows: Rows, kv_heads: int, decode: Decode, window: int | None, interpret: bool) -> Shares:
+def _shares(rows: Rows, kv_heads: int, page_size: int, decode: Decode, window: int | None, interpret: bool) -> Shares:
     workers = INTERPRETED_WORKERS if interpret else decode.workers_per_core * _cores()
-    return shares(rows, kv_heads=kv_heads, kv_block=decode.kv_block, window=window, workers=workers)
+    return shares(rows, kv_heads=kv_heads, page_size=page_size, kv_block=decode.kv_block, window=window, workers=workers)
 
 
 def _tiles(rows: Rows, implementation: str, group: int, prefill: Prefill, chunk: int, decodes: bool) -> Tiles:
@@ -207,7 +207,8 @@ def paged_attention(
     sinks_Q: a score for each query head that joins its softmax as one more key would, whose value is zero (gpt-oss's learned sinks).
     k_scale_K, v_scale_K: float32, what the numbers in float8_e4m3fn pages are multiplied by, for each kv head; None is 1 (see `write_kv`).
     return_lse: also the natural logarithm of each softmax's denominator, sinks included -> [N, Q] float32; -inf in lanes nobody owns.
-    work: from `plan_work` with the same shapes, window and implementation; anything else is a ValueError with both numbers. Raises
+    work: from `plan_work` for the same rows, shapes, window and implementation; another shape, window or implementation is a ValueError
+    with both numbers. Raises
     NotImplementedError if the planned implementation lacks sinks or log-sum-exp: plan with sinks=True or lse=True.
     """
     _check_call(q_NQH, k_pages, v_pages, rows, work, window, softcap, implementation)

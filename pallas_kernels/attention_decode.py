@@ -23,10 +23,10 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention_portable import F16_MAX, FP8, LN2, LOG2E, LOW, WIDENED, _dot, _exp2, _unit
 from pallas_kernels.blocks import Decode, features
-from pallas_kernels.work import Rows, Shares, worker_of
+from pallas_kernels.work import CUT, ROW, Rows, Shares
 
 JOINED = 32  # lines of parts that are joined in one turn
-LISTS = ("table", "length", "first", "count", "start", "following", "bound", "row", "head", "block")
+UNREAD = ("arrived", "unused")  # of a line of the plan
 
 
 def decode(
@@ -35,10 +35,11 @@ def decode(
 ) -> tuple[Array, ...]:  # fmt: skip
     """Attention of the M decode lanes: (o [M, Q, H],), zeros where no row decodes; with `lse` also the log-sum-exp [M, Q], -inf there.
 
-    chunk: the same of all N lanes, whose first M are then written in place.
+    chunk: the same of all N lanes, whose first M are then written in place. The plan's counters are counted up and set back: calls that
+    share a plan run one after another, as those of a step's layers do.
     """
     (_, kv_heads, page_size, head_dim), heads = k_pages.shape, q_NQH.shape[1]
-    count, workers, planes = rows.length_M.shape[0], shares.row_W.shape[0], 2 if k_pages.dtype == FP8 else 1
+    count, workers, planes = rows.length_M.shape[0], shares.cut_WF.shape[0] - 1, 2 if k_pages.dtype == FP8 else 1
     out = (jax.ShapeDtypeStruct((count, heads, head_dim), q_NQH.dtype), jax.ShapeDtypeStruct((count, heads), jnp.float32))[: 1 + lse]
     q_LNQH, extras = q_NQH[None], {} if sinks_Q is None else {"sinks": sinks_Q.astype(jnp.float32) * LOG2E}
     if planes == 2:
@@ -47,20 +48,9 @@ def decode(
         k_pages, v_pages = _pairs(k_pages), _pairs(v_pages)
         q_MQH = jnp.clip(q_NQH[:count], -F16_MAX, F16_MAX).astype(jnp.float16)  # q of bfloat16 has no bits that float16 would round
         q_LNQH = jnp.stack([q_MQH[..., plane::2] for plane in range(2)])
-    lists = (
-        rows.table_MP, rows.length_M, shares.first_M, shares.count_M, shares.start_M1, shares.next_M, shares.bound_W1, shares.row_W,
-        shares.head_W, shares.block_W,
-    )  # fmt: skip
-    inputs = (q_LNQH, k_pages, v_pages, *lists, *extras.values())
-    # Zeros of each call's own: XLA makes those of all layers in one kernel when a step begins, and none waits for them.
-    written = (*(chunk or ()), jnp.zeros(workers, jnp.int32))
-    parts = (2 * workers, heads // kv_heads)
-    outputs = (
-        *(chunk or out),
-        written[-1],
-        jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32),
-        jax.ShapeDtypeStruct(parts, jnp.float32),
-    )
+    inputs = (q_LNQH, k_pages, v_pages, rows.table_MP, shares.row_MF, shares.cut_WF, *extras.values())
+    written, parts = chunk or (), (2 * workers, heads // kv_heads)
+    outputs = *(chunk or out), jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)
     options = _Options(
         heads // kv_heads, kv_heads, page_size, head_dim, planes, blocks.kv_block, workers, lse, scale, window, softcap, interpret
     )
@@ -68,7 +58,7 @@ def decode(
         partial(_kernel, options, tuple(extras)),
         grid=(workers,),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs],
-        input_output_aliases={len(inputs) + i: len(out) + 1 - len(written) + i for i in range(len(written))},
+        input_output_aliases={len(inputs) + i: i for i in range(len(written))},
         compiler_params=plt.CompilerParams(num_warps=blocks.num_warps, num_stages=blocks.num_stages),
         interpret=interpret,
         name="paged_decode",
@@ -116,12 +106,20 @@ class _Options:
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class _Row:
-    """A row that decodes: its KV blocks are [first, end)."""
+    """A row that decodes."""
 
     row: Array
     length: Array
-    first: Array
-    end: Array
+
+    def begin(self, options: "_Options") -> Array:
+        """Its first KV block inside the window."""
+        if options.window is None:
+            return jnp.int32(0)
+        return lax.div(jnp.maximum(self.length - options.window, 0), jnp.int32(options.kv_block))
+
+    def end(self, options: "_Options") -> Array:
+        """The KV block after its last."""
+        return lax.div(self.length + (options.kv_block - 1), jnp.int32(options.kv_block))
 
 
 @jax.tree_util.register_dataclass
@@ -136,27 +134,29 @@ class _Place:
     later: _Row
 
 
-def _kernel(options: _Options, names, q, k, v, *rest):
-    extras, outputs = dict(zip(names, rest[len(LISTS) :], strict=False)), rest[-4 - options.lse :]
-    refs = SimpleNamespace(q=q, k=k, v=v, extras=extras, o=outputs[0], lse=outputs[1] if options.lse else None)
-    refs.__dict__.update(zip(LISTS, rest, strict=False))
-    refs.arrived, refs.part, refs.part_lse = outputs[-3:]
+def _kernel(options: _Options, names, q, k, v, table, row, cut, *rest):
+    extras, outputs = dict(zip(names, rest, strict=False)), rest[-3 - options.lse :]
+    refs = SimpleNamespace(q=q, k=k, v=v, table=table, row=row, cut=cut, extras=extras, o=outputs[0])
+    refs.lse = outputs[1] if options.lse else None
+    refs.part, refs.part_lse = outputs[-2:]
     worker = pl.program_id(0)
-    begin, stop, row = plt.load(refs.bound.at[worker]), plt.load(refs.bound.at[worker + 1]), plt.load(refs.row.at[worker])
-    head, block, here = plt.load(refs.head.at[worker]), plt.load(refs.block.at[worker]), _row(refs, row)
-    at = _Place(here, head, block, _pages(options, refs, here, block), _row(refs, plt.load(refs.following.at[row])))
-    _zeros(options, refs, worker)
+    here = _line(refs.cut, CUT, worker)
+    pl.when(here.idle > 0)(partial(_zeros, options, refs, worker))
+    begin, stop = here.entry, _line(refs.cut, CUT[:1], worker + 1).entry
+    row = _Row(here.row, here.length)
+    page = here.page if options.paged else _pages(options, refs, row, here.block)
+    at = _Place(row, here.head, here.block, page, _Row(here.next, here.next_length))
 
     @pl.when(begin < stop)
     def _():
         start = at, jnp.bool_(False), _nothing(options)
         lax.fori_loop(begin, stop, partial(_turn, options, refs, worker, stop), start)
-        _join_cut(options, refs, worker, begin, stop)
+        _join_cut(options, refs, worker)
 
 
-def _row(refs, row) -> _Row:
-    first = plt.load(refs.first.at[row])
-    return _Row(row, plt.load(refs.length.at[row]), first, first + plt.load(refs.count.at[row]))
+def _line(ref, names, place):
+    """The numbers of a line of the plan, by name."""
+    return SimpleNamespace(**{name: plt.load(ref.at[place, jnp.int32(column)]) for column, name in enumerate(names) if name not in UNREAD})
 
 
 def _pages(options: _Options, refs, here: _Row, block):
@@ -171,13 +171,13 @@ def _pages(options: _Options, refs, here: _Row, block):
 def _following(options: _Options, refs, at: _Place) -> _Place:
     """The next block of the flat list. All that it loads is for the turn after the next, but for the page."""
     block = at.block + 1
-    turned = block == at.here.end
+    turned = block == at.here.end(options)
     head = jnp.where(turned, at.head + 1, at.head)
     left = head == options.kv_heads
     here = jax.tree.map(partial(jnp.where, left), at.later, at.here)
-    block = jnp.where(turned, here.first, block)
-    later = _row(refs, plt.load(refs.following.at[here.row]))
-    return _Place(here, jnp.where(left, 0, head), block, _pages(options, refs, here, block), later)
+    block = jnp.where(turned, here.begin(options), block)
+    line = _line(refs.row, ROW, here.row)
+    return _Place(here, jnp.where(left, 0, head), block, _pages(options, refs, here, block), _Row(line.next, line.next_length))
 
 
 def _turn(options: _Options, refs, worker, stop, i, state):
@@ -198,7 +198,7 @@ def _turn(options: _Options, refs, worker, stop, i, state):
     index, live_RH = (at.here.row, at.head * group + line[:, None], feature[None, :]), (line < group)[:, None] & live_H[None, :]
     q_LRH = [plt.load(refs.q.at[(plane, *index)], mask=live_RH, other=0) for plane in range(options.planes)]
 
-    opens, closes = at.block == at.here.first, at.block + 1 == at.here.end
+    opens, closes = at.block == at.here.begin(options), at.block + 1 == at.here.end(options)
     opened |= opens
     if "sinks" in refs.extras:
         sink_R = plt.load(refs.extras["sinks"].at[at.head * group + line], mask=line < group, other=LOW)
@@ -234,12 +234,12 @@ def _leave(options: _Options, refs, worker, at: _Place, opened, closes, attended
 def _zeros(options: _Options, refs, worker):
     """Write the lanes of rows that do not decode, each by one worker."""
     head, feature = jnp.arange(pl.next_power_of_2(options.kv_heads * options.group)), options.features
-    live_Q, rows = head < options.kv_heads * options.group, refs.length.shape[0]
+    live_Q, rows = head < options.kv_heads * options.group, refs.row.shape[0]
 
     def zero(turn, _):
         row = worker + turn * options.workers
 
-        @pl.when(plt.load(refs.count.at[row]) == 0)
+        @pl.when(_line(refs.row, ROW, row).count == 0)
         def _():
             index, live_QH = (row, head[:, None], feature[None, :]), live_Q[:, None] & (feature < options.head_dim)[None, :]
             plt.store(refs.o.at[index], jnp.zeros(live_QH.shape, refs.o.dtype), mask=live_QH)
@@ -251,29 +251,32 @@ def _zeros(options: _Options, refs, worker):
     lax.fori_loop(jnp.int32(0), lax.div(rows - 1 - worker + options.workers, jnp.int32(options.workers)), zero, ())
 
 
-def _join_cut(options: _Options, refs, worker, begin, stop):
+def _join_cut(options: _Options, refs, worker):
     """Arrive at the (row, head) that this worker began inside of and at the one it stopped in; join the parts where it is the last to."""
-    holder = partial(worker_of, total=plt.load(refs.start.at[jnp.int32(refs.start.shape[0] - 1)]), workers=options.workers)
     if not options.interpret:
         plt.debug_barrier()  # all threads have written their parts before one of them says so
+    cuts = _line(refs.cut, CUT, worker), _line(refs.cut, CUT, worker + 1)  # the next worker begins where this one stops
 
     def look(turn, joined):
-        at, row = jnp.where(turn == 0, begin, stop), plt.load(refs.row.at[worker + turn])  # the next worker begins where this one stops
-        count, start = plt.load(refs.count.at[row]), plt.load(refs.start.at[row])
-        head = lax.div(at - start, jnp.maximum(count, 1))
-        opening = start + head * count
-        first, last = holder(opening), holder(opening + count - 1)
-        cut = (count > 0) & (opening < at) & (first != joined)
+        row, head, first, last = (
+            jnp.where(turn == 0, *(getattr(cut, name) for cut in cuts)) for name in ("row", "head", "opener", "closer")
+        )
+        cut = (first >= 0) & (first != joined)
 
         @pl.when(cut)
         def _():
             # One worker at most has a given one as the first of a cut (row, head). The atomic releases and acquires.
-            arrived = plt.atomic_add(refs.arrived, (first,), jnp.int32(1))
-            pl.when(arrived == last - first)(partial(_join, options, refs, row, head, first, last))
+            counter = first, jnp.int32(CUT.index("arrived"))
+            arrived = plt.atomic_add(refs.cut, counter, jnp.int32(1))
+
+            @pl.when(arrived == last - first)
+            def _():
+                plt.store(refs.cut.at[counter], jnp.int32(0))  # as the next layer must find it
+                _join(options, refs, row, head, first, last)
 
         return jnp.where(cut, first, joined)
 
-    lax.fori_loop(jnp.int32(0), jnp.where(worker + 1 < options.workers, jnp.int32(2), jnp.int32(1)), look, jnp.int32(-1))
+    lax.fori_loop(jnp.int32(0), jnp.int32(2), look, jnp.int32(-1))
 
 
 def _join(options: _Options, refs, row, head, first, last):

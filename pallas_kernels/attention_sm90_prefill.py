@@ -95,14 +95,15 @@ def prefill(
         q_s=plgpu.SMEM((ATTENDING, LINES, head_dim), dtype, transforms=TILED),
         k_s=ring,
         v_s=ring,
+        # Each is named by a number that the kernel comes by: a constant's address would be kept from begin to end, and spilled.
         q_here=plgpu.Barrier(num_arrivals=1 if options.boxed else options.tokens, num_barriers=ATTENDING),
-        q_free=plgpu.Barrier(num_barriers=ATTENDING),
+        q_free=plgpu.Barrier(num_arrivals=ATTENDING, num_barriers=2),
         k_here=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
         v_here=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
         k_free=plgpu.Barrier(num_arrivals=ATTENDING, num_barriers=STAGES),
         v_free=plgpu.Barrier(num_arrivals=ATTENDING, num_barriers=STAGES),
         my_turn=plgpu.Barrier(num_barriers=ATTENDING),
-        clean=plgpu.Barrier(num_arrivals=ATTENDING),
+        clean=plgpu.Barrier(num_arrivals=ATTENDING, num_barriers=STAGES),
     )
     if interpret:
         scratch |= dict(p_s=plgpu.SMEM((ATTENDING, LINES, KV_BLOCK), dtype, transforms=TILED))
@@ -125,21 +126,21 @@ def prefill(
 def _kernel(options: _Options, q, k, v, table, row, begin, size, position, length, count, o, **scratch):
     lists = dict(table=table, length=length, row=row, begin=begin, size=size, position=position, count=count)
     refs = SimpleNamespace(q=q, k=k, v=v, o=o, **lists, **scratch)
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup, first = lax.axis_index("warpgroup"), lax.rem(lax.axis_index("worker"), jnp.int32(ATTENDING))
 
     @pl.when(warpgroup < ATTENDING)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        pl.when(warpgroup == 1)(lambda: plgpu.barrier_arrive(refs.my_turn.at[0]))
+        pl.when(warpgroup != first)(lambda: plgpu.barrier_arrive(refs.my_turn.at[first]))
         _items(options, refs, partial(_attend_item, options, refs, warpgroup))
-        pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(refs.my_turn.at[0]))
+        pl.when(warpgroup == first)(lambda: plgpu.barrier_wait(refs.my_turn.at[first]))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == ATTENDING)
     def _():
         plgpu.set_max_registers(40, action="decrease")
         turns, fetched = _items(options, refs, partial(_fetch_item, options, refs))
-        pl.when(fetched > 0)(lambda: _await_queries_taken(refs))
+        pl.when(fetched > 0)(lambda: _await_queries_taken(refs, fetched - 1))
         lax.fori_loop(jnp.maximum(turns - STAGES, 0), turns, partial(_drain, refs), ())
 
 
@@ -207,7 +208,7 @@ def _fetch_item(options: _Options, refs, item, turn, fetched):
 
     @pl.when(item.blocks > 0)
     def _():
-        pl.when(fetched > 0)(lambda: _await_queries_taken(refs))
+        pl.when(fetched > 0)(lambda: _await_queries_taken(refs, fetched - 1))
         _fetch_queries(options, refs, item)
 
     last_page = lax.div(item.length - 1, jnp.int32(options.page_size))
@@ -226,9 +227,8 @@ def _fetch_item(options: _Options, refs, item, turn, fetched):
     lax.fori_loop(0, jnp.where(item.blocks > 0, item.blocks + 1, 0), fetch_both, ())
 
 
-def _await_queries_taken(refs):
-    for warpgroup in range(ATTENDING):
-        plgpu.barrier_wait(refs.q_free.at[warpgroup])
+def _await_queries_taken(refs, fetched):
+    plgpu.barrier_wait(refs.q_free.at[lax.rem(fetched, jnp.int32(2))])
 
 
 def _fetch_queries(options: _Options, refs, item):
@@ -290,7 +290,7 @@ def _attend_item(options: _Options, refs, warpgroup, item, turn, fetched):
         plgpu.barrier_wait(refs.q_here.at[warpgroup])
         mine.q_s[...] = plgpu.load(_lines(options, refs.q_plain, warpgroup), layout=options.by_rows)
         plgpu.commit_smem()
-        plgpu.barrier_arrive(refs.q_free.at[warpgroup])
+        plgpu.barrier_arrive(refs.q_free.at[lax.rem(fetched, jnp.int32(2))])
         mine.q_s[...] = _attend_blocks(options, refs, mine, item).astype(o_plain.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the last tile's copies still read o_plain
         plgpu.commit_smem()
@@ -364,11 +364,12 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
 
     def ask(held):
         o_acc, peak, total, keep, p = held
+        # Waited for before there is an accumulator: else the assembler zeroes its 64 registers, where it may tell the product not to add.
+        plgpu.barrier_wait(refs.k_here.at[stage])
+        pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
+        plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
 
         def scores(s_acc):
-            plgpu.barrier_wait(refs.k_here.at[stage])
-            pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
-            plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
             plgpu.wgmma(s_acc, mine.q_s, refs.k_s.at[stage].transpose((1, 0)))
             plgpu.wgmma(o_acc, p_RS, refs.v_s.at[last])
             found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
@@ -448,8 +449,8 @@ def _clean_tail(refs, mine, item, stage):
                 tail[...] = jnp.where(position_SH < length, v_SH, jnp.zeros_like(v_SH))
 
         plgpu.commit_smem()
-        plgpu.barrier_arrive(refs.clean)
-        plgpu.barrier_wait(refs.clean)
+        plgpu.barrier_arrive(refs.clean.at[stage])
+        plgpu.barrier_wait(refs.clean.at[stage])
 
 
 def _product(a, b, shape):

@@ -94,7 +94,7 @@ def default_decode(head_dim: int, dtype, rows: int) -> Decode:
     size = jnp.dtype(dtype).itemsize
     kv_block = max(16, min(64, 16384 // (features(head_dim) * size)))
     if rows <= 8:
-        return Decode(kv_block, num_stages=3, workers_per_core=1)
+        return Decode(kv_block, num_stages=2, workers_per_core=2)
     return Decode(kv_block, 2, 3, 4) if size == 1 else Decode(kv_block)
 
 

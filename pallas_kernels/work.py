@@ -9,6 +9,7 @@ tokens of one row that a kernel takes in one turn of its loop. All integers are 
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -51,25 +52,28 @@ class Lanes:
     position_N: Array
 
 
+# What a line of `Shares.row_MF` says of a row: its KV blocks inside the window, 0 if it does not decode; the next row that decodes, and
+# the length of that one.
+ROW = ("count", "next", "next_length")
+# What a line of `Shares.cut_WF` says of the place where a worker begins: the entry of the list, its row, head and block, counted from the
+# row's begin, and the page of the block's first token; the row's length, the next row and its length; how many rows do not decode; if the
+# cut is inside a (row, head), the first and the last worker that have a part of it, else -1; and a counter, zero between two calls, of the
+# workers that have left their part of the (row, head) that this worker is the first to have a part of. A line is 64 bytes.
+CUT = ("entry", "row", "head", "block", "page", "length", "next", "next_length", "idle", "opener", "closer", "arrived", *["unused"] * 4)
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Shares:
     """The decode work list: the flat list of (row, kv head, KV block), cut into W shares of equal length.
 
-    first_M: a row's first KV block inside the window. count_M: its KV blocks from there on, 0 if it does not decode.
-    start_M1: where in the flat list a row's kv_heads * count entries start; the last entry is the length of the list.
-    next_M: the next row that decodes. bound_W1: worker w takes the entries [bound[w], bound[w + 1]). row_W, head_W, block_W: its first
-    entry, the block counted from the row's begin.
+    row_MF: F numbers of each row, see ROW. cut_WF: [W + 1, F], see CUT; worker w takes the entries from cut w to cut w + 1. All that a
+    worker must know to ask for its first keys is in its line, because what it had to look up by another number would cost each call one
+    more read of the device's memory.
     """
 
-    first_M: Array
-    count_M: Array
-    start_M1: Array
-    next_M: Array
-    bound_W1: Array
-    row_W: Array
-    head_W: Array
-    block_W: Array
+    row_MF: Array
+    cut_WF: Array
 
 
 @jax.tree_util.register_dataclass
@@ -128,29 +132,41 @@ def lanes(rows: Rows, chunk: int) -> Lanes:
     )
 
 
-def shares(rows: Rows, *, kv_heads: int, kv_block: int, window: int | None, workers: int) -> Shares:
+def shares(rows: Rows, *, kv_heads: int, page_size: int, kv_block: int, window: int | None, workers: int) -> Shares:
     """Cut the decode rows' KV blocks into `workers` shares whose lengths differ by one at most."""
     count = rows.length_M.shape[0]
     decodes_M = (rows.length_M > 0) & (rows.chunk_len_M == 0)
     first_M = jnp.zeros_like(rows.length_M) if window is None else jnp.maximum(rows.length_M - window, 0) // kv_block
     count_M = jnp.where(decodes_M, -(-rows.length_M // kv_block) - first_M, 0)
     start_M1 = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count_M * kv_heads).astype(jnp.int32)])
-    worker_W1 = jnp.arange(workers + 1, dtype=jnp.int32)
-    size, longer = start_M1[-1] // workers, start_M1[-1] % workers  # not worker * total / workers: that overflows int32
-    bound_W1 = worker_W1 * size + jnp.minimum(worker_W1, longer)
-    row_W = jnp.minimum(_entry(start_M1, bound_W1[:-1]), count - 1)
-    offset_W, blocks_W = bound_W1[:-1] - start_M1[row_W], jnp.maximum(count_M[row_W], 1)
     row_M = jnp.arange(count, dtype=jnp.int32)
     later_MM = (row_M[None, :] > row_M[:, None]) & decodes_M[None, :]
+    next_M = jnp.min(jnp.where(later_MM, row_M[None, :], count - 1), axis=1)
+    row = {"count": count_M, "next": next_M, "next_length": rows.length_M[next_M]}
+    worker_W1, total = jnp.arange(workers + 1, dtype=jnp.int32), start_M1[-1]
+    entry_W1 = worker_W1 * (total // workers) + jnp.minimum(worker_W1, total % workers)  # worker * total would overflow int32
+    row_W1 = jnp.minimum(_entry(start_M1, entry_W1), count - 1)
+    offset_W1, blocks_W1, first_W1 = entry_W1 - start_M1[row_W1], jnp.maximum(count_M[row_W1], 1), first_M[row_W1]
+    before_W1 = offset_W1 % blocks_W1  # blocks of the (row, head) before the cut
+    block_W1, holder = first_W1 + before_W1, partial(worker_of, total=total, workers=workers)
+    place_W1 = jnp.minimum(block_W1 * kv_block // page_size, rows.table_MP.shape[1] - 1)
+    cut = {
+        "entry": entry_W1,
+        "row": row_W1,
+        "head": offset_W1 // blocks_W1,
+        "block": block_W1,
+        "page": rows.table_MP[row_W1, place_W1],
+        "length": rows.length_M[row_W1],
+        **{name: x_M[row_W1] for name, x_M in row.items()},
+        "idle": jnp.sum(~decodes_M, dtype=jnp.int32),
+        "opener": jnp.where(before_W1 > 0, holder(entry_W1 - before_W1), -1),
+        "closer": jnp.where(before_W1 > 0, holder(entry_W1 - before_W1 + blocks_W1 - 1), -1),
+        "arrived": 0,
+        "unused": 0,
+    }
     return Shares(
-        first_M=first_M,
-        count_M=count_M,
-        start_M1=start_M1,
-        next_M=jnp.min(jnp.where(later_MM, row_M[None, :], count - 1), axis=1),
-        bound_W1=bound_W1,
-        row_W=row_W,
-        head_W=offset_W // blocks_W,
-        block_W=first_M[row_W] + offset_W % blocks_W,
+        row_MF=jnp.stack([row[name] for name in ROW], axis=1),
+        cut_WF=jnp.stack([jnp.broadcast_to(cut[name], worker_W1.shape) for name in CUT], axis=1),
     )
 
 

@@ -55,13 +55,13 @@ def greedy(options, refs, worker, at, opened, closes, attended):
     return RIGHT_LEAVE(options, refs, worker, at, jnp.bool_(True), jnp.bool_(True), attended)
 
 
-RIGHT_WORKER, RIGHT_LEAVE, RIGHT_PLANES = attention_decode.worker_of, attention_decode._leave, attention_decode._planes
+RIGHT_WORKER, RIGHT_LEAVE, RIGHT_PLANES = work.worker_of, attention_decode._leave, attention_decode._planes
 
 
 def shorter(rows, **options):
     """Shares that forget the last block of the last worker."""
     right = work.shares(rows, **options)
-    return replace(right, bound_W1=right.bound_W1.at[-1].add(-1))
+    return replace(right, cut_WF=right.cut_WF.at[-1, work.CUT.index("entry")].add(-1))
 
 
 class Changed:
@@ -97,7 +97,7 @@ MISTAKES: dict[str, tuple[tuple[Any, dict[str, Any]], Case]] = {
     "the last block is nobody's": ((attention, {"shares": shorter}), PLAIN),
     "every part weighs the same": ((attention_decode, {"jnp": Changed(jnp, exp2=jnp.ones_like)}), PLAIN),
     "an arrival counts for two": ((attention_decode, {"plt": Changed(attention_decode.plt, atomic_add=twice)}), PLAIN),
-    "a cut row is looked for among the wrong workers": ((attention_decode, {"worker_of": early}), PLAIN),
+    "a cut row is looked for among the wrong workers": ((work, {"worker_of": early}), PLAIN),
     "a row that is cut is written whole": ((attention_decode, {"_leave": greedy}), PLAIN),
 }
 
