@@ -152,7 +152,7 @@ class _Programs:
         return [
             self.program(f"tokens of {rows}", "take", rows, jnp.copy, (ports.tokens_RM,)),
             self.program(f"hidden of {rows}", "hidden", rows, partial(jnp.array, dtype=jnp.float32), (ports.hidden_MD,)),
-            self.program(f"masked draw of {rows}", "masked draw", rows, partial(device.draw_masked, *how), masked, (0,)),
+            self.program(f"masked draw of {rows}", "masked draw", rows, partial(device.draw_masked, *how), masked, (0, 5)),
             self.program(f"edited draw of {rows}", "edited draw", rows, run_edited, edited, (0, 1)),
         ]
 
