@@ -74,6 +74,18 @@ def test_few_rows_leave_parts_of_their_products(rows, gated):
     assert apart(np.asarray(found, np.float64).sum(0), exact(x, weight, act=gated)) < (8e-3 if gated else 1e-5)
 
 
+@pytest.mark.parametrize(("rows", "features", "tile"), [(8, 72, (32, 64)), (256, 72, (32, 64)), (8, 136, (24, 64, 2, 2)), (256, 256, (128, 64, 2))], ids=str)
+def test_tiles_need_not_divide_their_product(rows, features, tile):
+    """The last block, or cluster, has features that do not exist: gate's run into up's, and up's past the end. Wide parts are copied out
+    in pieces."""
+    tile = matmul_sm90.Tile(*tile)
+    gated = tile.parts == 1
+    x, weight = draw(rows, 256), draw(features * (1 + gated), 256, scale=1 / 16)
+    found = matmul_sm90.linear(x, weight, tile=tile, act=SILU if gated else None, interpret=True)
+    assert found.shape == (tile.parts, rows, features)
+    assert apart(np.asarray(found, np.float64).sum(0), exact(x, weight, act=gated)) < (8e-3 if gated else 1e-5)
+
+
 def test_a_row_is_the_same_in_whatever_company():
     """Same bucket, same bits: nothing of another row reaches it, not even its NaN."""
     x, weight = draw(8, 128), draw(64, 128)
@@ -152,25 +164,29 @@ def test_a_product_that_xla_is_better_at_is_left_to_it():
     tile = partial(many_rows_tile, "NVIDIA H200")
     assert all(tile(rows, product) is not None for rows in (2, 8, 64, 128, 256) for product in QWEN_05B)
     assert all(tile(384, product) is None for product in QWEN_05B), "no kernel was made for 384 rows"
-    assert all(tile(256, product, trial=True) is None for product in LLAMA_8B), "bound by arithmetic"
+    assert [tile(256, product, trial=True) is not None for product in LLAMA_8B] == [False, False, True, False], "bound by arithmetic"
     assert all(tile(64, product) is not None for product in LLAMA_8B)
-    assert tile(64, Product(11008, 2048, True)) is None, "not compared on a GPU"
-    assert tile(64, Product(11008, 2048, True), trial=True) is not None
+    assert tile(64, Product(2048, 11008)) is None, "not compared on a GPU"
+    assert tile(64, Product(2048, 11008), trial=True) is not None
     assert tile(8, Product(3584, 3584)) is None, "not measured"
     assert many_rows_tile("NVIDIA H100 80GB HBM3", 8, QWEN_05B[0]) is None, "not measured there"
 
 
-def test_every_measured_tile_divides_its_product_and_fits():
+def test_every_measured_tile_fits():
+    """Whole turns of whole eights, at least two turns ahead, in the shared memory and the registers that there are."""
     for (lines, product), tile in matmul._measured("NVIDIA H200", trial=True).items():
         if lines == 1:
             continue
         for rows in {8: (2, 4, 8, 16), 64: (32, 64, 128), 256: (256,)}[lines]:
-            found = many_rows_tile("NVIDIA H200", rows, product, trial=True)
+            found, halves = many_rows_tile("NVIDIA H200", rows, product, trial=True), 1 + product.gated
             assert found is not None and list(astuple(found)) == tile
-            assert product.features % (found.features * found.cluster) == 0 and found.features % 8 == 0
+            assert found.features % 8 == 0 and found.features * halves <= 256, "what a product of the tensor cores may be wide"
             assert product.inputs % (found.inputs * found.parts) == 0 and (found.parts == 1 or not product.gated)
-            depth = matmul_sm90.stages(rows, product.inputs, found, halves=1 + product.gated, itemsize=2)
+            depth = matmul_sm90.stages(rows, product.inputs, found, halves=halves, itemsize=2)
             assert depth >= min(2, product.inputs // found.inputs // found.parts)
+            turn = (max(64, rows) + halves * found.features) * found.inputs * 2
+            out = 64 * matmul_sm90.width(found) * (2 if rows > 64 else 1) * (2 if found.parts == 1 else 4)
+            assert found.blocks * (depth * turn + out + 2048) <= 228 * 1024, "a multiprocessor's, of which a block's start takes 1024 bytes"
 
 
 # ---------------------------------------------------------------------- a whole decoder
