@@ -62,7 +62,9 @@ class Target:
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), tempfile.TemporaryDirectory() as folder:
             checks = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder}
             compiled = jax.jit(f, compiler_options=checks | (options or {}), **jit).trace(*shaped).lower().compile()
-            thunks = sorted(Path(folder).glob("*thunk_sequence*.txt"))[-1]  # after all passes; of a lone kernel there is only the one before
+            thunks = sorted(Path(folder).glob("*thunk_sequence*.txt"))[
+                -1
+            ]  # after all passes; of a lone kernel there is only the one before
             return compiled, thunks.read_text()
 
 

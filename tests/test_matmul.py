@@ -74,7 +74,9 @@ def test_few_rows_leave_parts_of_their_products(rows, gated):
     assert apart(np.asarray(found, np.float64).sum(0), exact(x, weight, act=gated)) < (8e-3 if gated else 1e-5)
 
 
-@pytest.mark.parametrize(("rows", "features", "tile"), [(8, 72, (32, 64)), (256, 72, (32, 64)), (8, 136, (24, 64, 2, 2)), (256, 256, (128, 64, 2))], ids=str)
+@pytest.mark.parametrize(
+    ("rows", "features", "tile"), [(8, 72, (32, 64)), (256, 72, (32, 64)), (8, 136, (24, 64, 2, 2)), (256, 256, (128, 64, 2))], ids=str
+)
 def test_tiles_need_not_divide_their_product(rows, features, tile):
     """The last block, or cluster, has features that do not exist: gate's run into up's, and up's past the end. Wide parts are copied out
     in pieces."""
