@@ -119,7 +119,7 @@ def test_weights_that_leave_no_room_are_refused():
         plan(SMALL_GPU, weights=40 * GIB, max_model_len=-1)
 
 
-@pytest.mark.parametrize(("gib", "chunk"), [(1, 8192), (15, 2048), (35, 512), (90, 512)])
+@pytest.mark.parametrize(("gib", "chunk"), [(1, 8192), (15, 2048), (35, 448), (90, 448)])
 def test_prompts_beside_streamed_answers_keep_a_pace(gib, chunk):
     """60 ms of products: two bytes a parameter, two operations a parameter and token."""
     assert plan(weights=gib * GIB).streamed_chunk == chunk
