@@ -6,7 +6,7 @@ is the context's business (`ctx.attend`): the engine's writes pages, DenseContex
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from converters.model_config import Layer, ModelConfig
 from jaxllm import parallel
 from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
 from jaxllm.patch import Patching
-from pallas_kernels import Linears, Stream
+from pallas_kernels import Chained, Linears, Rest, Stream
 
 GATES = ("silu", "gelu_tanh")  # activations that the compilers of the fused kernels know
 KV = Any  # one layer's cache, as its context understands it: a pair of page arrays, or None
@@ -45,6 +45,13 @@ class Context(Protocol):
     def visit(self, layer: int, site: str, value_ND: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """The activation at one of patch.SITES, as it is to be from here on, and the layer's cache."""
         ...
+
+
+class Following(NamedTuple):
+    """What comes after a chained block: the weights of the next norm and of the next block's QKV, if there is one."""
+
+    norm_D: jax.Array
+    qkv_FD: jax.Array | None
 
 
 class ProductContext(Context, Protocol):
@@ -163,6 +170,18 @@ class Block(nnx.Module):
         hidden_NF = run.gated(normed, mlp.inputs.weight[...], ACTIVATIONS[mlp.act])
         return run.add(x, hidden_NF, mlp.down.weight[...]), kv
 
+    def chained(
+        self, x: tuple[Stream, jax.Array], kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: ProductContext, following: Following
+    ) -> tuple[tuple[Stream, jax.Array | None], KV]:
+        """The same from QKV to the next block's QKV, where all but attention is one kernel."""
+        run, attn, mlp = cast(Chained, ctx.linears), self.attn, self.mlp
+        assert isinstance(mlp, MLP) and self.mlp_in is not None
+        (stream, qkv_PNF), mlp_norm = x, self.mlp_in.rms()
+        o_NQH, kv = ctx.attend_product(qkv_PNF, attn, kv, cos_sin)
+        weights = (linear.weight[...] for linear in (attn.o, mlp.inputs, mlp.down))
+        rest = Rest(mlp_norm.weight_D, following.norm_D, *weights, following.qkv_FD)
+        return run.rest(stream, o_NQH.reshape(len(o_NQH), -1), rest, mlp_norm, ACTIVATIONS[mlp.act]), kv
+
     @property
     def usual(self) -> bool:
         """Can it run fused? RMS norms before and none behind, an MLP with a smooth gate, no bias but that of q, k and v."""
@@ -187,9 +206,13 @@ def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(0, 6))
-def run_block(graphdef: nnx.GraphDef, state: nnx.State, x: Any, kv: KV, cos_sin, ctx: Context, visited: int | None) -> tuple[Any, KV]:
+def run_block(
+    graphdef: nnx.GraphDef, state: nnx.State, x: Any, kv: KV, cos_sin, ctx: Context, visited: int | None, following: Following | None
+) -> tuple[Any, KV]:
     """A jit within the step's jit: layers that differ only in their arrays are traced and lowered once, and called L times."""
     block = nnx.merge(graphdef, state)
+    if following is not None:
+        return block.chained(x, kv, cos_sin, cast(ProductContext, ctx), following)
     return block(x, kv, cos_sin, ctx, visited) if ctx.linears is None else block.fused(x, kv, cos_sin, cast(ProductContext, ctx))
 
 
@@ -214,12 +237,23 @@ class Decoder(nnx.Module):
             x_ND += self.positions[...][positions_N + self.c.position_offset]
         turns = {rope: rotation(positions_N, rope) for layer in self.c.layers if (rope := layer.rope) is not None}
         kept = list(cache) if cache is not None else [None] * len(self.blocks)
-        x: Any = x_ND if ctx.linears is None else Stream(x_ND)
+        run, chained = ctx.linears, isinstance(ctx.linears, Chained)
+        x: Any = x_ND if run is None else Stream(x_ND)
+        if chained:
+            stream, normed = run.norm(x, self.blocks[0].attn_in.rms())
+            x = stream, run.product(normed, self.blocks[0].attn.qkv.weight[...])
         for i, (block, layer) in enumerate(zip(self.blocks, self.c.layers, strict=True)):
             graphdef, state = nnx.split(block)
             cos_sin = None if layer.rope is None else turns[layer.rope]
-            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, i if ctx.visits(i, kept[i]) else None)
-        return self.norm(x) if ctx.linears is None else ctx.linears.finish(x, self.norm.rms()), kept
+            visited = i if ctx.visits(i, kept[i]) else None
+            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, visited, self._following(i) if chained else None)
+        return self.norm(x) if run is None else run.finish(x[0] if chained else x, self.norm.rms()), kept
+
+    def _following(self, i: int) -> Following:
+        if i + 1 == len(self.blocks):
+            return Following(self.norm.weight[...], None)
+        block = self.blocks[i + 1]
+        return Following(block.attn_in.weight[...], block.attn.qkv.weight[...])
 
     @property
     def usual(self) -> bool:

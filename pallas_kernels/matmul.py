@@ -4,6 +4,7 @@ Such a step is bound by the bytes of its weights and by the number of its kernel
 reads the same in both; `linears_for` says which one a step takes, if any, and there is no third place where that is decided.
 
 - `OneRow`: a norm is part of the product it feeds, and a residual of the product that it is added to.
+- `Chained` (Hopper): the same, and all from attention's output to the next layer's QKV in one kernel, if a layer is large.
 - `ManyRows` (Hopper): products leave parts; whoever reads a product sums them, which for the residual stream is also the next norm. A
   product that XLA's kernels are better at is theirs, and leaves one part.
 
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import matmul_one_row, matmul_sm90
+from pallas_kernels import matmul_chain, matmul_one_row, matmul_sm90
 from pallas_kernels.blocks import file_name
 from pallas_kernels.matmul_join import join
 
@@ -85,6 +86,29 @@ class OneRow:
 
 
 @dataclass(frozen=True)
+class Chained(OneRow):
+    """blocks: multiprocessors. least: bytes of a layer's weights; below them, kernels of their own beat blocks that wait for each other."""
+
+    blocks: int = 1
+    least: int = 256 * 2**20
+
+    def rest(
+        self, stream: Stream, x_NF: Array, rest: matmul_chain.Rest, mlp_norm: Norm, act: Callable[[Array], Array]
+    ) -> tuple[Stream, Array | None]:
+        """All that follows a layer's attention: (the stream, the next layer's QKV if there is one). The norms differ in weights only."""
+        eps, offset = mlp_norm.eps, mlp_norm.offset
+        if sum(w.size * w.dtype.itemsize for w in rest if w is not None and w.ndim == 2) >= self.least and matmul_chain.fits(rest):
+            options = dict(act=act, eps=eps, offset=offset, blocks=self.blocks, interpret=self.interpret)
+            h_ND, qkv_NF = matmul_chain.rest_of_layer(x_NF, stream.h_ND, rest, **options)
+            return Stream(h_ND), None if qkv_NF is None else qkv_NF[None]
+        stream = self.add(stream, x_NF, rest.o_DH)
+        stream, normed = self.norm(stream, mlp_norm)
+        stream = self.add(stream, self.gated(normed, rest.inputs_FD, act), rest.down_DF)
+        stream, normed = self.norm(stream, Norm(rest.next_norm_D, eps, offset))
+        return stream, None if rest.qkv_FD is None else self.product(normed, rest.qkv_FD)
+
+
+@dataclass(frozen=True)
 class ManyRows:
     """The same verbs; sums are left to `norm` and `finish`. kind: of the device, as JAX names it. trial: as for `many_rows_tile`."""
 
@@ -128,7 +152,7 @@ def linears_for(device: Any, rows: int, dtype: Any) -> Linears | None:
     if capability is None or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return None
     if rows == 1 and float(capability) >= 8:
-        return OneRow(device.device_kind)
+        return Chained(device.device_kind, blocks=getattr(device, "core_count", 132)) if capability == "9.0" else OneRow(device.device_kind)
     return ManyRows(device.device_kind) if capability == "9.0" and rows <= MOST else None
 
 

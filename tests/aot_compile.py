@@ -3,10 +3,11 @@
     JAX_PLATFORMS=cpu python tests/aot_compile.py h200 JOB...
 
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
-a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a whole step with an implementation, a dtype of
-pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one that is repeated ("again:portable"), and two planted
-mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers.
-`ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
+a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a model's chain of them ("chain:llama-3.1-8b"), a
+whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one that is
+repeated ("again:portable"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a
+kernel with too many numbers for its registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if
+there are any.
 """
 
 import json
@@ -39,6 +40,7 @@ from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step
 from pallas_kernels import blocks, matmul_sm90
 from pallas_kernels.matmul import Product, many_rows_tile
+from pallas_kernels.matmul_chain import Rest, rest_of_layer
 from pallas_kernels.shapes import CORRECT
 
 TARGETS = Path(__file__).parent / "targets"
@@ -146,6 +148,16 @@ def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -
     return {"thunks": target.compile(run, x, weight)[1]}
 
 
+def chain(target: Target, name: str) -> dict[str, Any]:
+    """The rest of a model's layer as one kernel."""
+    c, row = SHAPES[name], partial(Shape, dtype=jnp.bfloat16)
+    model, hidden, size = c["hidden_size"], c["intermediate_size"], c["hidden_size"] // c["num_attention_heads"]
+    qkv = (c["num_attention_heads"] + 2 * c["num_key_value_heads"]) * size
+    rest = Rest(*map(row, ((model,), (model,), (model, model), (2 * hidden, model), (model, hidden), (qkv, model))))
+    run = partial(rest_of_layer, act=jax.nn.silu, eps=1e-6, offset=0.0, blocks=132)
+    return {"thunks": target.compile(run, row((1, model)), row((1, model)), rest)[1]}
+
+
 def spill(target: Target) -> dict[str, Any]:
     """A tile of far too many lines for its one warp."""
     with patch.object(blocks, "default_prefill", lambda head_dim, dtype: blocks.Prefill(128, 64, 1, 2)):
@@ -159,6 +171,8 @@ def job(target: Target, name: str) -> dict[str, Any]:
             return spill(target)
         if kind == "kept":
             return step(target, rest, donate=False)
+        if kind == "chain":
+            return chain(target, rest)
         if kind == "linear":
             rows, features, inputs, *gated = rest.split(":")
             return linear(target, int(rows), int(features), int(inputs), bool(gated))

@@ -21,7 +21,8 @@ from jaxllm.parallel import make_mesh
 from jaxllm.step import PagedContext
 from jaxllm.weights import RandomWeights
 from pallas_kernels import Norm, Rows, Stream, linears_for, matmul, matmul_one_row, matmul_sm90, plan_work, turn_and_write
-from pallas_kernels.matmul import ManyRows, OneRow, Product, many_rows_tile
+from pallas_kernels.matmul import Chained, ManyRows, OneRow, Product, many_rows_tile
+from pallas_kernels.matmul_chain import Rest, rest_of_layer
 from pallas_kernels.matmul_join import join
 
 RNG = np.random.default_rng(5)
@@ -96,6 +97,22 @@ def test_a_row_is_the_same_in_whatever_company():
     np.testing.assert_array_equal(np.asarray(run(x)[:, :1], np.float32), np.asarray(alone[:, :1], np.float32))
 
 
+@pytest.mark.parametrize(("model", "hidden", "qkv"), [(128, 128, 80), (192, 320, None)], ids=["", "last layer, passes"])
+def test_the_rest_of_a_layer_is_one_kernel(model, hidden, qkv):
+    """As one block, because an interpreter runs blocks one after another: how many wait for each other is seen on a GPU only."""
+    x, h = draw(1, 128), draw(1, model)
+    weights = [draw(f, i, scale=i**-0.5) for f, i in ((model, 128), (2 * hidden, model), (model, hidden), *([(qkv, model)] if qkv else []))]
+    rest = Rest(draw(model), draw(model), *weights[:3], weights[3] if qkv else None)
+    found_h, found_qkv = rest_of_layer(x, h, rest, act=SILU, eps=1e-6, offset=1.0, blocks=1, interpret=True)
+    after_o = exact(x, rest.o_DH, residual=h)
+    gated = exact(after_o, rest.inputs_FD, norm=rest.mlp_norm_D, offset=1.0, act=True)
+    wanted = exact(gated, rest.down_DF, residual=after_o)
+    assert apart(found_h, wanted) < 8e-3
+    assert (found_qkv is None) == (qkv is None)
+    if qkv:
+        assert apart(found_qkv, exact(wanted, rest.qkv_FD, norm=rest.next_norm_D, offset=1.0)) < 8e-3
+
+
 @pytest.mark.parametrize("parts", [0, 1, 3])
 def test_a_sum_is_joined_and_normed(parts):
     h, added, norm = draw(3, 96), draw(parts, 3, 96, dtype=jnp.float32) if parts else None, draw(96)
@@ -154,7 +171,8 @@ QWEN_05B = [Product(1152, 896), Product(896, 896), Product(4864, 896, True), Pro
 def test_the_way_is_chosen_by_device_and_rows():
     cpu: Any = SimpleNamespace(platform="cpu")
     assert linears_for(cpu, 1, "bfloat16") is None
-    assert isinstance(linears_for(gpu("8.0"), 1, "bfloat16"), OneRow)
+    assert type(linears_for(gpu("8.0"), 1, "bfloat16")) is OneRow
+    assert isinstance(linears_for(gpu("9.0"), 1, "bfloat16"), Chained)
     assert linears_for(gpu("8.0"), 8, "bfloat16") is None, "not measured there"
     assert isinstance(linears_for(gpu("9.0"), 64, "bfloat16"), ManyRows)
     assert isinstance(linears_for(gpu("9.0"), 1024, "float16"), ManyRows)
@@ -242,12 +260,17 @@ def wide_tile(kind: str, rows: int, product: Product, trial: bool = False) -> ma
 
 
 @pytest.mark.parametrize(("name", "rows"), [("qwen2", 1), ("qwen3", 1), ("qwen2", 4), ("qwen2", 3)], ids=str)
-def test_a_decoder_is_the_same_through_the_kernels(name, rows, monkeypatch):
+@pytest.mark.parametrize("chained", [None, 0, 2**40], ids=["", "chained", "too small for it"])
+def test_a_decoder_is_the_same_through_the_kernels(name, rows, chained, monkeypatch):
     """Logits and every page, to what bfloat16 rounds; a norm that is dropped, or a sum, is far beyond that. Three rows: XLA's products."""
     if rows in matmul_sm90.ROWS:
         monkeypatch.setattr(matmul, "many_rows_tile", wide_tile)
     decoder = shaken(decoder_of(name))
+    if chained is not None and rows > 1:
+        pytest.skip("a chain is of one row")
     linears = OneRow("cpu", interpret=True) if rows == 1 else ManyRows("cpu", interpret=True)
+    if chained is not None:
+        linears = Chained("cpu", interpret=True, least=chained)
     assert decoder.usual
     plain, plain_cache = step(decoder, None, rows)
     found, cache = step(decoder, linears, rows)
