@@ -178,8 +178,8 @@ class Block(nnx.Module):
         assert isinstance(mlp, MLP) and self.mlp_in is not None
         (stream, qkv_PNF), mlp_norm = x, self.mlp_in.rms()
         o_NQH, kv = ctx.attend_product(qkv_PNF, attn, kv, cos_sin)
-        weights = (linear.weight[...] for linear in (attn.o, mlp.inputs, mlp.down))
-        rest = Rest(mlp_norm.weight_D, following.norm_D, *weights, following.qkv_FD)
+        o, inputs, down = (linear.weight[...] for linear in (attn.o, mlp.inputs, mlp.down))
+        rest = Rest(mlp_norm.weight_D, following.norm_D, o, inputs, down, following.qkv_FD)
         return run.rest(stream, o_NQH.reshape(len(o_NQH), -1), rest, mlp_norm, ACTIVATIONS[mlp.act]), kv
 
     @property
@@ -237,23 +237,24 @@ class Decoder(nnx.Module):
             x_ND += self.positions[...][positions_N + self.c.position_offset]
         turns = {rope: rotation(positions_N, rope) for layer in self.c.layers if (rope := layer.rope) is not None}
         kept = list(cache) if cache is not None else [None] * len(self.blocks)
-        run, chained = ctx.linears, isinstance(ctx.linears, Chained)
+        run = ctx.linears
+        chain = run if isinstance(run, Chained) else None
         x: Any = x_ND if run is None else Stream(x_ND)
-        if chained:
-            stream, normed = run.norm(x, self.blocks[0].attn_in.rms())
-            x = stream, run.product(normed, self.blocks[0].attn.qkv.weight[...])
+        if chain is not None:
+            stream, normed = chain.norm(x, cast(Norm, self.blocks[0].attn_in).rms())
+            x = stream, chain.product(normed, self.blocks[0].attn.qkv.weight[...])
         for i, (block, layer) in enumerate(zip(self.blocks, self.c.layers, strict=True)):
             graphdef, state = nnx.split(block)
             cos_sin = None if layer.rope is None else turns[layer.rope]
             visited = i if ctx.visits(i, kept[i]) else None
-            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, visited, self._following(i) if chained else None)
-        return self.norm(x) if run is None else run.finish(x[0] if chained else x, self.norm.rms()), kept
+            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, visited, self._following(i) if chain else None)
+        return self.norm(x) if run is None else run.finish(x[0] if chain else x, self.norm.rms()), kept
 
     def _following(self, i: int) -> Following:
         if i + 1 == len(self.blocks):
             return Following(self.norm.weight[...], None)
         block = self.blocks[i + 1]
-        return Following(block.attn_in.weight[...], block.attn.qkv.weight[...])
+        return Following(cast(Norm, block.attn_in).weight[...], block.attn.qkv.weight[...])
 
     @property
     def usual(self) -> bool:

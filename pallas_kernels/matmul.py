@@ -98,7 +98,7 @@ class Chained(OneRow):
         """All that follows a layer's attention: (the stream, the next layer's QKV if there is one). The norms differ in weights only."""
         eps, offset = mlp_norm.eps, mlp_norm.offset
         if sum(w.size * w.dtype.itemsize for w in rest if w is not None and w.ndim == 2) >= self.least and matmul_chain.fits(rest):
-            options = dict(act=act, eps=eps, offset=offset, blocks=self.blocks, interpret=self.interpret)
+            options: dict[str, Any] = dict(act=act, eps=eps, offset=offset, blocks=self.blocks, interpret=self.interpret)
             h_ND, qkv_NF = matmul_chain.rest_of_layer(x_NF, stream.h_ND, rest, **options)
             return Stream(h_ND), None if qkv_NF is None else qkv_NF[None]
         stream = self.add(stream, x_NF, rest.o_DH)

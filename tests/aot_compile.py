@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import jax
@@ -150,7 +150,7 @@ def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -
 
 def chain(target: Target, name: str) -> dict[str, Any]:
     """The rest of a model's layer as one kernel."""
-    c, row = SHAPES[name], partial(Shape, dtype=jnp.bfloat16)
+    c, row = SHAPES[name], cast(Any, partial(Shape, dtype=jnp.bfloat16))
     model, hidden, size = c["hidden_size"], c["intermediate_size"], c["hidden_size"] // c["num_attention_heads"]
     qkv = (c["num_attention_heads"] + 2 * c["num_key_value_heads"]) * size
     rest = Rest(*map(row, ((model,), (model,), (model, model), (2 * hidden, model), (model, hidden), (qkv, model))))

@@ -102,7 +102,8 @@ def test_the_rest_of_a_layer_is_one_kernel(model, hidden, qkv):
     """As one block, because an interpreter runs blocks one after another: how many wait for each other is seen on a GPU only."""
     x, h = draw(1, 128), draw(1, model)
     weights = [draw(f, i, scale=i**-0.5) for f, i in ((model, 128), (2 * hidden, model), (model, hidden), *([(qkv, model)] if qkv else []))]
-    rest = Rest(draw(model), draw(model), *weights[:3], weights[3] if qkv else None)
+    o, inputs, down, *last = weights
+    rest = Rest(draw(model), draw(model), o, inputs, down, last[0] if qkv else None)
     found_h, found_qkv = rest_of_layer(x, h, rest, act=SILU, eps=1e-6, offset=1.0, blocks=1, interpret=True)
     after_o = exact(x, rest.o_DH, residual=h)
     gated = exact(after_o, rest.inputs_FD, norm=rest.mlp_norm_D, offset=1.0, act=True)
