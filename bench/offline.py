@@ -10,24 +10,24 @@ asked, whatever end token the model chooses, and that is checked.
 import argparse
 import contextlib
 import json
+import queue
 import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bench import record, workloads
-from jaxllm import LLM, SamplingParams
+from jaxllm import LLM, Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, ignore_eos=True)
 
 
 class Bench:
-    """One loaded model and what its rows have in common. `llm` needs only `generate`."""
+    """One loaded model and what its rows have in common. `llm` needs only `generate` and, for `ends`, `engine`."""
 
     def __init__(self, llm: Any, *, config: dict[str, Any], device: str, model: str, dtype: str, tp: int, repeats: int):
         self._llm = llm
@@ -68,18 +68,34 @@ class Bench:
 
     def seconds(self, prompts: list[int], outputs: list[int], how: SamplingParams | Sequence[SamplingParams]) -> float:
         """How long it takes until all requests, submitted at once, are answered. Lengths in tokens. how: one for all, or one each."""
-        tokens = workloads.random_prompts(self._rng, prompts, self._vocab)
-        hows = [how] * len(outputs) if isinstance(how, SamplingParams) else how
-        params = [each.with_defaults(max_tokens=length) for each, length in zip(hows, outputs, strict=True)]
+        tokens, params = self._asked(prompts, outputs, how)
         start = time.perf_counter()
         answers = self._llm.generate(tokens, params, use_tqdm=False)
         seconds = time.perf_counter() - start
-        got = [len(answer.outputs[0].token_ids) for answer in answers]
-        if got != outputs:
-            raise RuntimeError(
-                f"{sum(outputs)} tokens were asked of {len(outputs)} requests, but {sum(got)} came from {len(got)}: no measurement"
-            )
+        _check(outputs, [len(answer.outputs[0].token_ids) for answer in answers])
         return seconds
+
+    def ends(self, prompts: list[int], outputs: list[int], how: SamplingParams | Sequence[SamplingParams]) -> list[float]:
+        """As `seconds`, but when each request was answered."""
+        heard: queue.SimpleQueue[tuple[int, float, Any]] = queue.SimpleQueue()
+        tokens, params = self._asked(prompts, outputs, how)
+        start = time.perf_counter()
+        for i, (ids, each) in enumerate(zip(tokens, params, strict=True)):
+            request = Request(f"bench-{i}", tuple(ids), each, stream=False)
+            self._llm.engine.submit(request, lambda output, i=i: heard.put((i, time.perf_counter() - start, output)))
+        found = sorted(heard.get() for _ in outputs)
+        for _, _, output in found:
+            if isinstance(output, Exception):
+                raise output
+        _check(outputs, [len(output.outputs[0].token_ids) for _, _, output in found])
+        return [seconds for _, seconds, _ in found]
+
+    def _asked(
+        self, prompts: list[int], outputs: list[int], how: SamplingParams | Sequence[SamplingParams]
+    ) -> tuple[list[list[int]], list[SamplingParams]]:
+        hows = [how] * len(outputs) if isinstance(how, SamplingParams) else how
+        params = [each.with_defaults(max_tokens=length) for each, length in zip(hows, outputs, strict=True)]
+        return workloads.random_prompts(self._rng, prompts, self._vocab), params
 
     def row(self, name: str, value: float, unit: str, **measured_on: Any) -> record.Row:
         row = {"name": name, "value": record.rounded(value), "unit": unit} | self._common | measured_on
@@ -88,6 +104,13 @@ class Bench:
             "anchor": workloads.vllm_figure(self.device, row),
         }
         return row | {key: found for key, found in extra.items() if found is not None}
+
+
+def _check(wanted: list[int], got: list[int]) -> None:
+    if got != wanted:
+        raise RuntimeError(
+            f"{sum(wanted)} tokens were asked of {len(wanted)} requests, but {sum(got)} came from {len(got)}: no measurement"
+        )
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -148,8 +171,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256], help="decode: rows in a batch")
     made.add_argument("--prompt", nargs="+", type=int, default=list(workloads.PREFILL_PROMPTS), help="prefill: tokens in a prompt")
     made.add_argument("--repeats", type=int, default=3, help="decode and prefill: the median of so many (default: 3)")
-    made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
-    made.add_argument("--no-save", action="store_true", help="print only")
+    record.add_arguments(made)
     return made
 
 

@@ -1,10 +1,10 @@
-"""What rows whose answers must have a form cost their neighbours: a decode step of free rows, and one of which half follow a grammar.
+"""What rows whose answers must have a form cost their neighbours: free rows by themselves, and beside as many that follow a grammar.
 
 jaxllm bench structured --model qwen2.5-0.5b --load-format dummy --rows 32
 
-Every row has a token of every step, with a form or without, so what a step gets longer by is what free rows lose in tokens a second. The
-grammar is lines of JSON objects without an end: with ignore_eos, every request runs to exactly the length asked. A shape has no
-tokenizer; one with as many made-up words as its vocabulary has is made for it, unless --tokenizer names a folder.
+Timed is what a free row waits for its next token while all rows run, and what a row with a form waits for its own. The grammar is lines
+of JSON objects without an end: with ignore_eos, every request runs to exactly the length asked. A shape has no tokenizer; one with as many
+made-up words as its vocabulary has is made for it, unless --tokenizer names a folder.
 """
 
 import argparse
@@ -41,19 +41,32 @@ FORMED = offline.SAMPLED.with_defaults(structured_outputs=StructuredOutputs(gram
 
 
 def measure(bench: offline.Bench, rows: int, prompt: int, steps: int, repeats: int) -> list[record.Row]:
-    """Milliseconds of a step of 2 * rows rows, with and without forms in half of them, and the share that free rows lose."""
+    """Milliseconds from one token of a row to its next, in batches of 2 * rows: of free rows, without and with forms in the other half;
+    of those with forms; and the share of their tokens a second that free rows lose."""
     free, formed = [offline.SAMPLED] * (2 * rows), [FORMED] * rows + [offline.SAMPLED] * rows
-    prompts = [prompt] * (2 * rows)
-    found: dict[int, list[float]] = {0: [], rows: []}
-    for _ in range(repeats):  # in turns, so that what drifts on the machine drifts for both
-        for how in (free, formed):
-            one = bench.seconds(prompts, [1] * len(prompts), how)
-            all_ = bench.seconds(prompts, [1 + steps] * len(prompts), how)
-            found[rows if how is formed else 0].append(1e3 * (all_ - one) / steps)
-    step = {forms: statistics.median(times) for forms, times in found.items()}
+    first, few = 1, max(steps // 8, 1)  # what a row with a form has for sure while free rows have `steps`
+    found: dict[str, list[float]] = {"free": [], "beside": [], "formed": []}
+
+    def wait(how: list[Any], count: int, timed: slice, others: int) -> float:
+        """Of the rows `timed`, which have `count` tokens after their first while the rest have `others`."""
+        lengths = [first + others] * (2 * rows)
+        lengths[timed] = [first + count] * rows
+        begun, ended = (max(bench.ends([prompt] * (2 * rows), each, how)[timed]) for each in ([first] * (2 * rows), lengths))
+        return 1e3 * (ended - begun) / count
+
+    one_half, other_half = slice(0, rows), slice(rows, None)
+    for _ in range(repeats):  # in turns, so that what drifts on the machine drifts for all
+        found["free"].append(wait(free, steps, other_half, steps))
+        found["beside"].append(wait(formed, steps, other_half, steps))
+        found["formed"].append(wait(formed, few, one_half, steps))
+    ms = {name: statistics.median(times) for name, times in found.items()}
     on = {"batch": 2 * rows, "context": f"{prompt}-{prompt + steps}"}
-    made = [bench.row("structured_step_ms", value, "ms", forms=forms, **on) for forms, value in step.items()]
-    return [*made, bench.row("structured_loss", 1 - step[0] / step[rows], "share", forms=rows, **on)]
+    return [
+        bench.row("structured_free_ms", ms["free"], "ms", forms=0, **on),
+        bench.row("structured_free_ms", ms["beside"], "ms", forms=rows, **on),
+        bench.row("structured_form_ms", ms["formed"], "ms", forms=rows, **on),
+        bench.row("structured_loss", 1 - ms["free"] / ms["beside"], "share", forms=rows, **on),
+    ]
 
 
 @contextlib.contextmanager
@@ -88,8 +101,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=workloads.DECODE_STEPS, help=f"timed steps (default: {workloads.DECODE_STEPS})")
     made.add_argument("--repeats", type=int, default=3, help="the median of so many (default: 3)")
     made.add_argument("--tokenizer", help="a folder with the model's tokenizer")
-    made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
-    made.add_argument("--no-save", action="store_true", help="print only")
+    record.add_arguments(made)
     return made
 
 

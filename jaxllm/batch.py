@@ -51,7 +51,7 @@ def pack(step: Step, plan: Plan) -> np.ndarray:
 class StepResult:
     """What one step found out, on the host. `logprobs` and `hidden` are there if a row asked for them, `prompt` after a scored step.
 
-    tokens: what each row drew, one after the other, as many as the step was repeated (a row that draws fewer has others behind its own).
+    tokens: what each row drew, one after the other.
     logprobs: chosen [M], rank [M], values [M, C], ids [M, C]; prompt: the same for the chunk lanes [T]; hidden [M, D] in float32.
     """
 
@@ -83,12 +83,17 @@ def repeats(packed: Array, bucket: Bucket) -> Array:
     return jnp.maximum(packed[5 * bucket.rows : 6 * bucket.rows].max(), 1)
 
 
-def repetition(packed: Array, bucket: Bucket, i: Array) -> Array:
-    """The packed step as it runs the i-th time, from 0: rows run what they drew before, and those that have drawn all are empty."""
+def repetition(packed: Array, bucket: Bucket, i: Array, turns: Array) -> Array:
+    """The packed step as it runs the i-th of `turns` times, from 0: rows run what they drew before.
+
+    A row that draws less often than others is empty at first, so that everybody draws in the last turn: the one whose logits stay, for
+    those whose token is drawn from edited ones.
+    """
     slot_M, length_M, *_, given_M, samples_M, new_page_M = packed.reshape(_FIELDS, bucket.rows)
-    again, none = (i > 0) & (samples_M > 0), jnp.zeros_like(slot_M)
-    length_M = jnp.where(again, jnp.where(i < samples_M, length_M + i, 0), length_M)
-    return jnp.concatenate([slot_M, length_M, none, none, jnp.where(i > 0, -1, given_M), samples_M - i, jnp.where(i > 0, 0, new_page_M)])
+    turn_M = i - (turns - jnp.maximum(samples_M, 1))  # of the row's own
+    runs_M, first_M, none = turn_M >= 0, turn_M == 0, jnp.zeros_like(slot_M)
+    length_M, samples_M = jnp.where(runs_M, length_M + turn_M, 0), jnp.where(runs_M, samples_M - turn_M, 0)
+    return jnp.concatenate([slot_M, length_M, none, none, jnp.where(first_M, given_M, -1), samples_M, jnp.where(first_M, new_page_M, 0)])
 
 
 def unpack(packed: Array, bucket: Bucket, page_size: int, last_S: Array, table_SP: Array) -> tuple[Batch, Array]:

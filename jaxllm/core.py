@@ -75,17 +75,15 @@ class _Answer:
     detokenizer: Detokenizer | None
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
-    told: int = 0  # tokens
+    untold: list[int] = field(default_factory=list)
     last: float | None = None  # when its newest token was read
 
     def news(self, reason: FinishReason | None = None, stop: str | int | None = None) -> Completion:
         """What came since the last time."""
-        sequence = self.sequence
-        logprobs = None if sequence.params.logprobs is None else tuple(self.logprobs)
-        tokens = tuple(sequence.tokens[sequence.prompt_len + self.told :])
-        completion = Completion(sequence.index, "".join(self.text), tokens, logprobs, reason, stop)
-        self.told += len(tokens)
+        logprobs = None if self.sequence.params.logprobs is None else tuple(self.logprobs)
+        completion = Completion(self.sequence.index, "".join(self.text), tuple(self.untold), logprobs, reason, stop)
         self.text.clear()
+        self.untold.clear()
         self.logprobs.clear()
         return completion
 
@@ -283,10 +281,12 @@ class Core:
                 if live.request.embed:
                     assert result.hidden is not None
                     live.embedding = unit(result.hidden[i].tolist())
-                for token in result.tokens[i][: row.samples]:
+                for token in result.tokens[i]:
                     self._take_token(live, answer, token)
                     if row.sequence.finished:  # whatever it drew behind its end
                         break
+                if row.sequence.slot is not None:
+                    self._scheduler.publish(row.sequence)
         self._metrics.flush()
 
     def _take_token(self, live: _Live, answer: _Answer, token: int) -> None:
@@ -297,12 +297,11 @@ class Core:
             self._fail(live, answer, sequence.mask.fault)
             return
         sequence.tokens.append(token)
+        answer.untold.append(token)
         sequence.pending -= 1
         self._counts["generation_tokens"] += 1
         self._metrics.token(live.times, answer.last)
         answer.last = self._metrics.now
-        if sequence.slot is not None:
-            self._scheduler.publish(sequence)
         reason, stop = self._extend(answer, token)
         if reason:
             self._end(live, answer, reason, stop)
@@ -317,11 +316,11 @@ class Core:
             named = token in params.stop_token_ids
             if detokenizer:
                 if named and params.include_stop_str_in_output:
-                    answer.text.append(detokenizer.push([token]))
+                    answer.text.append(detokenizer.add(token))
                 answer.text.append(detokenizer.finish())
             return "stop", token if named else None
         if detokenizer:
-            answer.text.append(detokenizer.push([token]))
+            answer.text.append(detokenizer.add(token))
             if detokenizer.stopped is not None:
                 return "stop", detokenizer.stopped
         complete = sequence.mask is not None and sequence.mask.over
@@ -359,7 +358,7 @@ class Core:
                 request.prompt_token_ids,
                 (completion,),
                 finished=not live.left,
-                prompt_logprobs=self._whole_prompt_logprobs(live),
+                prompt_logprobs=None if live.prompt_logprobs is None else self._whole_prompt_logprobs(live),
                 num_cached_tokens=live.answers[0].sequence.cached,
                 embedding=live.embedding,
             )

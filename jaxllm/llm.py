@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import msgspec
 from tqdm import tqdm
 
 from jaxllm.beam import BeamSearchOutput, BeamSearchParams, BeamSearchSequence, search
@@ -178,7 +179,7 @@ class _Gathered:
 
     def whole(self) -> Output:
         assert self.first is not None
-        return replace(self.first, outputs=tuple(self.answers[i] for i in sorted(self.answers)), finished=True)
+        return msgspec.structs.replace(self.first, outputs=tuple(self.answers[i] for i in sorted(self.answers)), finished=True)
 
 
 class _Bar:

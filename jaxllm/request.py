@@ -1,4 +1,4 @@
-"""What a caller asks and what comes back: SamplingParams, Request, Output, and the error tree. Plain dataclasses, no JAX.
+"""What a caller asks and what comes back: SamplingParams, Request, Output, and the error tree. Plain data, no JAX.
 
 JaxllmError
 ├── ConfigError        the options, the checkpoint or the machine do not fit together: fatal at start
@@ -14,6 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
+
+import msgspec
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -237,8 +239,8 @@ class Logprob:
 TokenLogprobs = tuple[Logprob, ...]
 
 
-@dataclass(frozen=True)
-class Completion:
+# A stream has one of each of these a token: a frozen dataclass takes 1.5 µs to make, a struct 0.1.
+class Completion(msgspec.Struct, frozen=True, array_like=True):
     """One continuation. While it streams, `text`, `token_ids` and `logprobs` hold only what is new.
 
     finish_reason: stop (an end or stop token, or a stop string), length, abort, error; None while it runs.
@@ -254,8 +256,7 @@ class Completion:
     stop_reason: str | int | None = None
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(msgspec.Struct, frozen=True):
     """What a request has produced: everything from `LLM.generate`, only what is new from `Engine.generate`.
 
     `prompt_logprobs[i]` belongs to prompt token i (None for the first, which nothing predicts). `embedding` is the final hidden state

@@ -12,7 +12,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from threading import stack_size
 from typing import Any
@@ -56,15 +56,23 @@ REPEATED = {
 _COMPILER_STACK = 64 * 2**20  # XLA's recursion over a deep model overflows a thread's usual 8 MiB
 
 
-# Tokens, log-probabilities, the prompt's, hidden states: what StepResult has, on the device.
-Drawn = tuple[Array, tuple[Array, ...] | None, tuple[Array, ...] | None, Array | None]
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """What StepResult has, on the device. tokens: of each turn, where they are wanted; last: the last turn's, if they were drawn again."""
+
+    tokens_RM: Array | None
+    last_M: Array | None
+    logprobs: tuple[Array, ...] | None
+    prompt: tuple[Array, ...] | None
+    hidden_MD: Array | None
 
 
 class Handle:
     """A dispatched step. `draw` chooses its tokens, if that was not done at once; `read` waits for them."""
 
-    def __init__(self, choose: Callable[[], Drawn]):
-        self._choose = choose
+    def __init__(self, step: Step, choose: Callable[[], Drawn]):
+        self._step, self._choose = step, choose
         self._drawn: Drawn | None = None
 
     def draw(self) -> None:
@@ -75,8 +83,14 @@ class Handle:
 
     def read(self) -> StepResult:
         assert self._drawn is not None, "a step is read that drew nothing yet"
-        tokens, *found = jax.tree.map(np.asarray, self._drawn)
-        return StepResult(np.atleast_2d(tokens).T.tolist(), *found)
+        drawn, turns = jax.tree.map(np.asarray, self._drawn), self._step.turns
+        turns_R = [] if drawn.tokens_RM is None else [*drawn.tokens_RM[:turns]]
+        if drawn.last_M is not None:
+            turns_R[turns - 1 :] = [drawn.last_M]
+        tokens = np.stack(turns_R).T.tolist()
+        # Who draws less often than others draws in the last turns.
+        own = [row[turns - each.samples :] for each, row in zip(self._step.rows, tokens, strict=False)]
+        return StepResult(own, drawn.logprobs, drawn.prompt, drawn.hidden_MD)
 
 
 @dataclass
@@ -211,7 +225,7 @@ class Runner:
             job(f"tokens of {m}", self._takes, m, jnp.copy, (ports.tokens_RM,), ())
             job(f"hidden of {m}", self._hiddens, m, partial(jnp.array, dtype=jnp.float32), (ports.hidden_MD,), ())
             args = (s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
-            job(f"masked draw of {m}", self._masked_draws, m, partial(device.draw_masked, *how), args, (0,))
+            job(f"masked draw of {m}", self._masked_draws, m, partial(device.draw_masked, *how), args, (0, 5))
             args = (s.last_S, s.counts_SV, s.floats_SF, s.ints_SI, s.edits_SE, s.in_prompt_SV, s.banned_SW, ports.head_3M, ports.logits_MV)
             edited = partial(device.draw_edited, *how, count=self.plan.max_logprobs)
             job(f"edited draw of {m}", self._edited_draws, m, edited, args, (0, 1))
@@ -274,25 +288,24 @@ class Runner:
                 self._admit_patch(sequence.slot, sequence.request.patch)
         self._admit_fixed_masks(step.admitted)
         prompt = self._dispatch(step)
-        handle = Handle(partial(self._draw, step, prompt if step.bucket.scored else None))
+        handle = Handle(step, partial(self._draw, step, prompt if step.bucket.scored else None))
         if not any(row.samples and row.sequence.masked for row in step.rows):
             handle.draw()
         return handle
 
     def _draw(self, step: Step, prompt: tuple[Array, ...] | None) -> Drawn:
-        rows, logprobs = step.bucket.rows, None
+        rows, last, logprobs = step.bucket.rows, None, None
         self._admit_changed_masks(step)
         sampling = [row.sequence.params for row in step.rows if row.samples]
         if any(p.edits for p in sampling):
-            tokens, *found = self._draw_edited(rows)
+            last, *found = self._draw_edited(rows)
             logprobs = tuple(found) if any(p.logprobs is not None for p in sampling) else None
         elif any(p.masks for p in sampling):
-            tokens = self._draw_masked(rows)
-        else:
-            tokens = self._takes[rows](self._ports[rows].tokens_RM)
+            last = self._draw_masked(rows)
+        tokens = self._takes[rows](self._ports[rows].tokens_RM) if last is None or step.turns > 1 else None
         embeds = any(row.samples and row.sequence.request.embed for row in step.rows)
         hidden = self._hiddens[rows](self._ports[rows].hidden_MD) if embeds else None
-        return tokens, logprobs, prompt, hidden
+        return Drawn(tokens, last, logprobs, prompt, hidden)
 
     def _dispatch(self, step: Step) -> tuple[Array, ...]:
         bucket, s = step.bucket, self._state
@@ -305,7 +318,8 @@ class Runner:
 
     def _draw_masked(self, rows: int) -> Array:
         s, ports = self._state, self._ports[rows]
-        s.last_S, tokens = self._masked_draws[rows](s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
+        s.last_S, tokens, logits = self._masked_draws[rows](s.last_S, s.floats_SF, s.ints_SI, s.banned_SW, ports.head_3M, ports.logits_MV)
+        self._ports[rows] = replace(ports, logits_MV=logits)
         return tokens
 
     def _draw_edited(self, rows: int) -> list[Array]:

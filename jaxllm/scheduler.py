@@ -85,6 +85,11 @@ class Step:
     bucket: Bucket
     admitted: list[Sequence] = field(default_factory=list)  # their row state goes to the device before the step runs
 
+    @property
+    def turns(self) -> int:
+        """How often the step runs."""
+        return max([row.samples for row in self.rows], default=0) or 1
+
 
 class Scheduler:
     """by_priority: the smallest Request.priority first, whoever came first among equals; otherwise only who came first."""
@@ -170,15 +175,16 @@ class Scheduler:
     def _repeated(self) -> list[Row]:
         """Every running sequence with several tokens to draw in one dispatch; nothing if somebody waits, or if one of them cannot.
 
-        What edits a row's logits, and an embedding, needs each token by itself. Nobody is preempted for this.
+        What edits a row's logits, and an embedding, needs each token by itself. A row whose mask depends on its tokens has one in a
+        dispatch, beside those that have several. Nobody is preempted for this.
         """
         most, size = self.plan.decode_steps, self.plan.page_size
         if most == 1 or self.waiting or not self.running:
             return []
         drawing = [s for s in self.running if s.length < s.limit]
-        if any(s.todo != 1 or s.params.edits or s.mask is not None or s.request.embed for s in drawing):
+        if any(s.todo != 1 or s.params.edits or s.request.embed or (s.mask is not None and not s.masked) for s in drawing):
             return []
-        counts = [min(most, s.limit - s.length) for s in drawing]
+        counts = [1 if s.masked else min(most, s.limit - s.length) for s in drawing]
         pages = sum(s.computed + count > len(s.pages) * size for s, count in zip(drawing, counts, strict=True))
         if max(counts, default=0) < most or pages > self.pool.available:
             return []

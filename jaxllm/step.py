@@ -121,7 +121,7 @@ def model_step(
 ) -> tuple[Cache, Array, Array, Ports, tuple[Array, ...]]:
     """One dispatch: (cache, last_S, table_SP, ports, prompt log-probabilities of a scored bucket). `inbox` is what `batch.pack` made.
 
-    Rows that decode do so as often as they draw, each on the token it drew before.
+    Rows that decode do so as often as they draw, each on the token it drew before, all of them in the last turn.
     Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
     patch_S: what each row slot brings for the patch.
     """
@@ -129,10 +129,12 @@ def model_step(
     if bucket.chunk or plan.decode_steps == 1:
         return one(inbox, jnp.int32(0), cache, last_S, table_SP, ports)
 
-    def again(i, state):
-        return one(repetition(inbox, bucket, i), i, *state)[:-1]
+    turns = repeats(inbox, bucket)
 
-    return *lax.fori_loop(jnp.int32(0), repeats(inbox, bucket), again, (cache, last_S, table_SP, ports)), ()
+    def again(i, state):
+        return one(repetition(inbox, bucket, i, turns), i, *state)[:-1]
+
+    return *lax.fori_loop(jnp.int32(0), turns, again, (cache, last_S, table_SP, ports)), ()
 
 
 def _one_step(decoder, plan, mesh, implementation, bucket, floats_SF, ints_SI, patch, patch_S, packed, i, cache, last_S, table_SP, ports):
@@ -197,12 +199,16 @@ def _sample(mesh: Mesh, implementation: str, logits_MV: Array, sampling: sample.
 EDITS = 2 * MAX_BIAS + MAX_STOP_IDS + 1  # bias ids, bias values (as bits), stop ids, the length below which those are banned
 
 
-def draw_masked(mesh, implementation, last_S, floats_SF, ints_SI, banned_SW, head_3M, logits_MV) -> tuple[Array, Array]:
-    """(last_S, tokens_M): the draw without what the rows' masks ban, for steps in which no row wants more than that."""
+def draw_masked(mesh, implementation, last_S, floats_SF, ints_SI, banned_SW, head_3M, logits_MV) -> tuple[Array, Array, Array]:
+    """(last_S, tokens_M, logits_MV): the draw without what the rows' masks ban, for steps in which no row wants more than that.
+
+    The logits come back masked, in place of a copy of them: 39 MB of 64 rows of 151,936.
+    """
     slot_M, _, samples_M = head_3M
     sampling = sample.Sampling.unpack(floats_SF[slot_M], ints_SI[slot_M])
-    tokens_M = _sample(mesh, implementation, sample.mask(logits_MV, banned_SW[slot_M]), sampling, head_3M)
-    return _remember(last_S, slot_M, samples_M > 0, tokens_M), tokens_M
+    logits_MV = sample.mask(logits_MV, banned_SW[slot_M])
+    tokens_M = _sample(mesh, implementation, logits_MV, sampling, head_3M)
+    return _remember(last_S, slot_M, samples_M > 0, tokens_M), tokens_M, logits_MV
 
 
 def draw_edited(

@@ -139,13 +139,14 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """The text that these tokens make certain. After a stop string nothing more comes."""
-        out = ""
-        for token_id in ids:
-            if self.stopped is not None:
-                break
-            self.tokens += 1
-            out += self._advance(self._decoder.decode(self._tokenizer._visible(token_id, self._hidden)))
-        return out
+        return "".join([self.add(token_id) for token_id in ids])
+
+    def add(self, token_id: int) -> str:
+        """As `push`, of one token."""
+        if self.stopped is not None:
+            return ""
+        self.tokens += 1
+        return self._advance(self._decoder.decode(self._tokenizer._visible(token_id, self._hidden)))
 
     def finish(self) -> str:
         """What was held back; call it once, after the last token."""
@@ -161,6 +162,8 @@ class Detokenizer:
         if self._at_start:
             text = self._tokenizer._pieces.strip(text)
             self._at_start = False
+        if not self._params.stop:
+            return text
         self._held += text
         if self.tokens > self._params.min_tokens and (match := _first_match(self._held, len(text), self._params.stop)):
             start, self.stopped = match

@@ -29,6 +29,7 @@ JOINED = 32  # lines of parts that are joined in one turn
 UNREAD = ("arrived", "unused")  # of a line of the plan
 
 
+@partial(jax.jit, static_argnames=("blocks", "lse", "scale", "window", "softcap", "interpret"))
 def decode(
     q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, shares: Shares, blocks: Decode, chunk: tuple[Array, ...] | None, *,
     lse, sinks_Q, k_scale_K, v_scale_K, scale, window, softcap, interpret,

@@ -75,6 +75,7 @@ class _Options:
         return LOG2E * (self.scale if self.softcap is None else self.softcap)
 
 
+@partial(jax.jit, static_argnames=("workers", "scale", "window", "softcap", "interpret"))
 def prefill(
     q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *, workers: int, scale, window, softcap, interpret
 ) -> Array:

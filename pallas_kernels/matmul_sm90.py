@@ -35,6 +35,7 @@ class Tile:
     blocks: int = 1  # on a multiprocessor at a time
 
 
+@partial(jax.jit, static_argnames=("tile", "act", "interpret"))
 def linear(
     x_ND: Array,
     weight_FD: Array,

@@ -45,6 +45,7 @@ class Choice(NamedTuple):
     position_B: Array
 
 
+@partial(jax.jit, static_argnames=("implementation", "interpret"))
 def draw(logits_BV: Array, likeliest_B: Array, choice: Choice, *, implementation: str = "reference", interpret: bool = False) -> Array:
     """A token of each row, int32 [B]. `likeliest_B` are the tokens with the largest logits.
 

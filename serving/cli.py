@@ -29,6 +29,8 @@ BENCHES = {  # each runs bench.NAME as a program
     "throughput": "time many requests through the Python API",
     "offline": "measure decode, prefill and mixed work, and keep the results",
     "structured": "measure what answers with a form cost other rows",
+    "api": "measure what API processes stream, over an engine that makes tokens up",
+    "streams": "measure what streams over HTTP cost the engine's steps",
     "startup": "time jaxllm serve from process start to ready",
     "profile": "show where a step's time goes on the GPU",
     "kernels": "time the attention kernels, and find their block sizes",

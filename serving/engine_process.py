@@ -12,6 +12,7 @@ import select
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 
 import msgspec
@@ -126,14 +127,14 @@ def _key(sender: bytes, request_id: str) -> str:
     return f"{sender.hex()}:{request_id}"
 
 
-def main(address: str) -> int:
+def main(address: str, load: Callable[[EngineConfig], Loaded] = load_engine_parts) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the process that started this one decides
     set_up_logging()
     config = msgspec.json.decode(sys.stdin.buffer.readline(), type=EngineConfig)
     loaded = threading.Event()
     threading.Thread(target=_leave_if_orphaned, args=(sys.stdin.fileno(), loaded), daemon=True).start()
     try:
-        parts = load_engine_parts(config)
+        parts = load(config)
     except JaxllmError as error:
         print(f"jaxllm: {error}", file=sys.stderr)
         return 1

@@ -62,7 +62,7 @@ SERVER = {
     "Server": [
         Flag("host", "Address to listen on; 0.0.0.0 answers other machines too.", metavar="ADDRESS"),
         Flag("port", "Port to listen on; 0 takes a free one.", whole(0, 65535), "PORT"),
-        Flag("api_server_count", "Processes that speak HTTP; one streams some 20,000 tokens a second.", whole(1, 64), "COUNT"),
+        Flag("api_server_count", "Processes that speak HTTP; one streams some 40,000 tokens a second.", whole(1, 64), "COUNT"),
         Flag("disable_page", "Do not serve the chat page at /.", "switch"),
         Flag("ssl_certfile", "Certificate in PEM, with its chain; serves https.", metavar="FILE"),
         Flag("ssl_keyfile", "The certificate's private key, if it is in a file of its own.", metavar="FILE"),

@@ -34,12 +34,16 @@ class StartFailed(JaxllmError):
 
 
 class EngineProcess:
-    """The engine process, started at once. It ends with `close`, or with this process."""
+    """The engine process, started at once. It ends with `close`, or with this process.
 
-    def __init__(self, config: EngineConfig):
+    program: the module that is the process, and arguments before the address.
+    """
+
+    def __init__(self, config: EngineConfig, *program: str):
         self._folder = tempfile.TemporaryDirectory(prefix="jaxllm-")
         self.address = f"ipc://{self._folder.name}/engine"
-        self._process = subprocess.Popen([sys.executable, "-m", "serving.engine_process", self.address], stdin=subprocess.PIPE)
+        command = [sys.executable, "-m", *(program or ("serving.engine_process",)), self.address]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE)
         assert self._process.stdin is not None
         self._process.stdin.write(msgspec.json.encode(config) + b"\n")
         self._process.stdin.flush()
@@ -83,14 +87,56 @@ class AnothersProcess:
         """Leaves it running, for the others who use it."""
 
 
+class _Box:
+    """What came for one request and nobody took yet. ended: the last of it was taken, or an error took its place."""
+
+    def __init__(self):
+        self.ended = False
+        self._pieces: list[wire.Piece] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, piece: wire.Piece) -> None:
+        self._pieces.append(piece)
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        self._error = error
+        self._wake()
+
+    async def take(self) -> list[wire.Piece]:
+        """Everything, as soon as there is something. Raises what `fail` was given, behind all that came before it."""
+        while not self._pieces:
+            if self._error is not None:
+                self.ended = True
+                raise self._error
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        pieces, self._pieces = self._pieces, []
+        self.ended = pieces[-1].finished
+        return pieces
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+
+def _output(request: Request, pieces: list[wire.Piece]) -> Output:
+    """Pieces that follow each other, as one output."""
+    completions = tuple([piece.completion for piece in pieces])
+    prompt_logprobs = next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None)
+    last = pieces[-1]
+    ids = request.prompt_token_ids
+    return Output(request.id, request.prompt, ids, completions, last.finished, prompt_logprobs, last.cached, last.embedding)
+
+
 class RemoteEngine:
     """The way to an engine process, ready after `wait`. Use from one event loop; `close` ends the process if it is ours."""
 
     def __init__(self, config: EngineConfig, process: EngineProcess | AnothersProcess | None = None):
         self.config = config
         self.process = process or EngineProcess(config)
-        self._queues: dict[str, asyncio.Queue[Output | Exception]] = {}
-        self._requests: dict[str, Request] = {}
+        self._boxes: dict[str, _Box] = {}
         self._asked: deque[asyncio.Future[wire.Reply]] = deque()
         self._socket: zmq.asyncio.Socket | None = None
         self._tasks: list[asyncio.Task] = []
@@ -129,22 +175,19 @@ class RemoteEngine:
         self.limits.check(request)
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """As Engine.generate: outputs as they come; leaving early aborts the request. Raises EngineDeadError if the engine is gone."""
+        """As Engine.generate, but what came since the last output is one output, with a completion for each token.
+
+        Leaving early aborts the request. Raises EngineDeadError if the engine is gone.
+        """
         self.check(request)
         self._send(wire.Add(request))
-        outputs = self._queues[request.id] = asyncio.Queue()
-        self._requests[request.id] = request
-        finished = False
+        box = self._boxes[request.id] = _Box()
         try:
-            while not finished:
-                item = await outputs.get()
-                finished = isinstance(item, Exception) or item.finished
-                if isinstance(item, Exception):
-                    raise item
-                yield item
+            while not box.ended:
+                yield _output(request, await box.take())
         finally:
-            del self._queues[request.id], self._requests[request.id]
-            if not finished:
+            del self._boxes[request.id]
+            if not box.ended:
                 self.abort(request.id)
 
     def abort(self, request_id: str) -> None:
@@ -225,40 +268,22 @@ class RemoteEngine:
             match wire.decode_answer(await socket.recv()):
                 case wire.Pieces(pieces):
                     for piece in pieces:
-                        self._take(piece)
+                        if (box := self._boxes.get(piece.request_id)) is not None:  # or it was aborted here, and this was under way
+                            box.put(piece)
                 case wire.Refused(request_id, message, param, overloaded):
-                    self._tell(request_id, OverloadedError(message) if overloaded else RequestError(message, param))
+                    if (box := self._boxes.get(request_id)) is not None:
+                        box.fail(OverloadedError(message) if overloaded else RequestError(message, param))
                 case reply:
                     if not (future := self._asked.popleft()).done():
                         future.set_result(reply)
-
-    def _take(self, piece: wire.Piece) -> None:
-        request = self._requests.get(piece.request_id)
-        if request is None:  # aborted here, and this was under way
-            return
-        output = Output(
-            request.id,
-            request.prompt,
-            request.prompt_token_ids,
-            (piece.completion,),
-            piece.finished,
-            piece.prompt_logprobs,
-            piece.cached,
-            piece.embedding,
-        )
-        self._tell(request.id, output)
-
-    def _tell(self, request_id: str, item: Output | Exception) -> None:
-        if (outputs := self._queues.get(request_id)) is not None:
-            outputs.put_nowait(item)
 
     async def _watch(self) -> None:
         while self.healthy:
             await asyncio.sleep(WATCH_S)
         error = self._death()
         log.error("%s", error)
-        for outputs in self._queues.values():
-            outputs.put_nowait(error)
+        for box in self._boxes.values():
+            box.fail(error)
         for future in self._asked:
             if not future.done():
                 future.set_exception(error)

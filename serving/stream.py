@@ -8,9 +8,9 @@ says is the Answer's business; this module does not look inside.
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Protocol
 
+from msgspec.structs import replace
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -120,18 +120,13 @@ async def _checked(merged: AsyncGenerator[tuple[int, Output], None]) -> AsyncGen
             yield i, output
 
 
-async def _outputs(engine: EngineLike, answer: Answer, usage: Usage) -> AsyncGenerator[tuple[int, Output], None]:
-    """Every output of every prompt, counted."""
-    async with aclosing(_checked(merge(answer.streams(engine)))) as outputs:
-        async for i, output in outputs:
-            usage.add(i, output)
-            yield i, output
-
-
 async def _whole(engine: EngineLike, answer: Answer, usage: Usage) -> dict:
     parts: list[list[Output]] = [[] for _ in answer.requests]
-    async with aclosing(_outputs(engine, answer, usage)) as outputs:
+    async with aclosing(_checked(merge(answer.streams(engine)))) as outputs:
         async for i, output in outputs:
+            usage.prompt(i, output)
+            for completion in output.outputs:
+                usage.count(completion)
             parts[i].append(output)
     return await answer.whole([joined(outputs) for outputs in parts], usage)
 
@@ -157,14 +152,18 @@ def _join_completion(pieces: list[Completion]) -> Completion:
 
 
 async def _events(engine: EngineLike, answer: Answer, usage: Usage) -> AsyncGenerator[bytes, None]:
-    """The answer's events, as many at a time as one output gave."""
+    """The answer's events, together those that came together: they are written at once, and a write costs more than an event does."""
     begun = [False] * len(answer.requests)
-    async with aclosing(_outputs(engine, answer, usage)) as outputs:
+    async with aclosing(_checked(merge(answer.streams(engine)))) as outputs:
         async for i, output in outputs:
-            data = b"" if begun[i] else answer.first(i, output)
+            usage.prompt(i, output)
+            events = [] if begun[i] else [answer.first(i, output)]
             begun[i] = True
-            data += b"".join(answer.event(i, c, usage) for c in output.outputs if c.token_ids or c.text or c.finish_reason is not None)
-            if data:
+            for completion in output.outputs:
+                usage.count(completion)  # before its event, which may say the usage so far
+                if completion.token_ids or completion.text or completion.finish_reason is not None:
+                    events.append(answer.event(i, completion, usage))
+            if data := b"".join(events):
                 yield data
     yield await answer.last(usage)
 

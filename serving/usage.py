@@ -1,6 +1,6 @@
 """The tokens of one answer, counted as its outputs pass by, and the `usage` that OpenAI's answers say them in."""
 
-from jaxllm.request import Output
+from jaxllm.request import Completion, Output
 
 
 class Usage:
@@ -10,13 +10,15 @@ class Usage:
         self.reasoning_tokens: int | None = None  # of them, what was thought; None where nobody looks for thoughts
         self.finish_reasons: list[str] = []
 
-    def add(self, i: int, output: Output) -> None:
+    def prompt(self, i: int, output: Output) -> None:
+        """What an output of prompt i says about it."""
         self._prompt[i] = len(output.prompt_token_ids)
         self._cached[i] = max(self._cached[i], output.num_cached_tokens)
-        for completion in output.outputs:
-            self.completion_tokens += len(completion.token_ids)
-            if completion.finish_reason is not None:
-                self.finish_reasons.append(completion.finish_reason)
+
+    def count(self, completion: Completion) -> None:
+        self.completion_tokens += len(completion.token_ids)
+        if completion.finish_reason is not None:
+            self.finish_reasons.append(completion.finish_reason)
 
     @property
     def prompt_tokens(self) -> int:

@@ -16,6 +16,14 @@ ALL = Case(Heads(4, 2, 16), (70, 37, 5, 130), (0, 20, 5, 0), page_size=16, windo
 PLAIN = replace(ALL, window=None, softcap=None, sinks=False, pages=None, dtype="float32")
 
 
+@pytest.fixture(autouse=True)
+def traced_anew():
+    """The kernels' wrappers are jits: a trace that holds a mistake must not serve the next test, nor a right one this."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 def with_options(module: Any, name: str, **changes: Callable) -> tuple[Any, dict[str, Any]]:
     """A module, and its function by that name called with options other than those it was given."""
     right = getattr(module, name)

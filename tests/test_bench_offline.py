@@ -1,6 +1,7 @@
 """The offline bench over a pretended engine whose clock is known, so that what it reports can be worked out by hand."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -58,21 +59,33 @@ def test_a_decode_step_is_the_difference_of_two_runs(llm):
     assert {params[0].max_tokens for _, params in llm.calls} == {1, 257}
 
 
-def test_forms_cost_what_a_step_gets_longer_by(llm):
-    """Half of the rows have a form in one of two runs; a call of those takes 25% longer here."""
-    plain = llm.generate
+def test_free_rows_lose_what_they_wait_longer_beside_forms(llm):
+    """By themselves they have a token every 2 ms here, beside rows with a form every 2.5, and those one every 6."""
+    asked: list[tuple] = []
 
-    def generate(prompts, params, **options):
-        before, found = llm.now, plain(prompts, params, **options)
-        llm.now += 0.25 * (llm.now - before) * any(p.structured_outputs for p in params)
-        return found
+    def submit(request, sink):
+        asked.append((request, sink))
+        if len(asked) == 4:
+            forms, start = any(request.params.structured_outputs for request, _ in asked), llm.now + 1
+            pace = {True: 6e-3, False: 2.5e-3 if forms else 2e-3}
+            ends = [(start + r.params.max_tokens * pace[r.params.structured_outputs is not None], i) for i, (r, _) in enumerate(asked)]
+            for llm.now, i in sorted(ends):
+                request, sink = asked[i]
+                sink(SimpleNamespace(outputs=[SimpleNamespace(token_ids=(0,) * (request.params.max_tokens - llm.short))]))
+            batches.append([(r.params.structured_outputs is not None, r.params.max_tokens, len(r.prompt_token_ids)) for r, _ in asked])
+            asked.clear()
 
-    llm.generate = generate
-    free, formed, loss = structured.measure(bench(llm), rows=2, prompt=16, steps=32, repeats=3)
-    assert (free["value"], formed["value"]) == (pytest.approx(2.0), pytest.approx(2.5)) and loss["value"] == pytest.approx(0.2)
-    assert (free["forms"], formed["forms"], loss["forms"], loss["batch"], loss["context"]) == (0, 2, 2, 4, "16-48")
-    with_form = [[p.structured_outputs is not None for p in params] for _, params in llm.calls]
-    assert with_form == ([[False] * 4] * 2 + [[True, True, False, False]] * 2) * 3
+    batches: list[list[tuple[bool, int, int]]] = []
+    llm.engine = SimpleNamespace(submit=submit)
+    free, beside, formed, loss = structured.measure(bench(llm), rows=2, prompt=16, steps=32, repeats=3)
+    assert [row["value"] for row in (free, beside, formed, loss)] == pytest.approx([2.0, 2.5, 6.0, 0.2])
+    assert (free["forms"], beside["forms"], loss["forms"], loss["batch"], loss["context"]) == (0, 2, 2, 4, "16-48")
+    begun, ended, few = ([(i < 2, count, 16) for i, count in enumerate(counts)] for counts in ([1] * 4, [33] * 4, [5, 5, 33, 33]))
+    unformed = [[(False, count, 16)] * 4 for count in (1, 33)]
+    assert batches == [*unformed, begun, ended, begun, few] * 3
+    llm.short = 1
+    with pytest.raises(RuntimeError, match="4 tokens were asked of 4 requests, but 0 came from 4"):
+        structured.measure(bench(llm), rows=2, prompt=16, steps=32, repeats=3)
 
 
 def test_a_made_up_tokenizer_has_the_size_of_the_vocabulary_and_every_byte(tmp_path):
@@ -127,7 +140,7 @@ def test_the_command_loads_a_shape_measures_and_keeps_rows(monkeypatch, tmp_path
     loaded = []
 
     def load(**options):
-        config = json.loads((offline.Path(options["model"]) / "config.json").read_text())
+        config = json.loads((Path(options["model"]) / "config.json").read_text())
         loaded.append((options, config))
         return FakeLLM(**options)
 
@@ -136,7 +149,7 @@ def test_the_command_loads_a_shape_measures_and_keeps_rows(monkeypatch, tmp_path
     offline.main([*command, "--set", "max_num_batched_tokens=2048", "block_size=32", "--results", str(tmp_path)])
     [(options, config)] = loaded
     assert config == workloads.SHAPES["qwen2.5-0.5b"]
-    assert not offline.Path(options.pop("model")).exists(), "the temporary folder is gone"
+    assert not Path(options.pop("model")).exists(), "the temporary folder is gone"
     assert options == {
         "max_model_len": 769,
         "max_num_seqs": 2,

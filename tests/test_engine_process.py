@@ -16,8 +16,8 @@ import numpy as np
 import pytest
 from server_fixtures import STORIES, serving, wait_until
 
-from jaxllm import LLM, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams, StructuredOutputs
-from serving import wire
+from jaxllm import LLM, Completion, EngineConfig, EngineDeadError, Request, RequestError, SamplingParams, StructuredOutputs
+from serving import remote_engine, wire
 from serving.remote_engine import RemoteEngine, StartFailed
 
 CONFIG = EngineConfig(STORIES, device="cpu", dtype="float32", max_num_seqs=8, max_model_len=256, max_logprobs=5, enforce_eager=True)
@@ -123,6 +123,37 @@ def test_what_can_never_be_served_is_refused_here_and_there(engine, loop):
     loop.run(twice())
 
 
+def test_what_waits_to_be_read_comes_as_one_output_and_an_error_behind_it(engine, loop):
+    """Nobody takes the first answers until they are whole; then there is one output, with a completion for each token."""
+
+    async def ask():
+        late, whole = (Request(name, (1, 403), SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)) for name in ("late", "whole"))
+        outputs = engine.generate(late)
+        first = await anext(outputs)
+        expected = await gather(engine, whole)
+        rest = [output async for output in outputs]
+        assert [len(output.outputs) for output in rest] == [12 - len(first.outputs)] and rest[0].finished
+        assert all(len(completion.token_ids) == 1 for completion in rest[0].outputs)
+        assert joined([first, *rest]) == joined(expected)
+
+    loop.run(ask())
+
+    async def fail():
+        box = remote_engine._Box()
+        taken = asyncio.create_task(box.take())
+        await asyncio.sleep(0)
+        piece = wire.Piece("x", Completion(0, "a", (1,)), False, 0)
+        box.put(piece)
+        box.put(piece)
+        box.fail(EngineDeadError("gone"))
+        assert await taken == [piece, piece] and not box.ended
+        with pytest.raises(EngineDeadError, match="gone"):
+            await box.take()
+        assert box.ended
+
+    loop.run(fail())
+
+
 def test_forms_are_compiled_and_followed_there(engine, loop):
     """The engine's process says what cannot be honoured, and an answer that gets out of hand is that request's error alone."""
 
@@ -215,7 +246,7 @@ def test_an_engine_process_that_loads_does_not_outlive_who_started_it():
     program = (
         "import sys, time, serving.engine_process as e\n"
         "def load(config): print('loading', flush=True); time.sleep(60)\n"
-        "e.load_engine_parts = load; sys.exit(e.main('ipc:///tmp/never'))"
+        "sys.exit(e.main('ipc:///tmp/never', load))"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None and process.stdout is not None

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import LONGEST, Gather, answer, core, dense_logits, finish, naive
+from engines import LONGEST, Gather, answer, core, counted_compilations, dense_logits, finish, naive
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import decoder
@@ -109,6 +109,42 @@ def test_steps_in_which_rows_are_masked_and_no_more():
         "fixed": masked_naive(count, fixed),
         "changing": masked_naive(count, changing),
     }
+
+
+def test_a_row_that_waits_for_its_mask_has_a_token_while_free_ones_have_several(monkeypatch):
+    """Whoever draws less often than others in a dispatch, its last turn included, has the tokens that it has by itself."""
+    free, vocab = naive("qwen3", PROMPT, 22), 64
+    changing = TokenMask(None, [(free[0], free[1]), (free[4],)], vocab)
+    prompts = {"free": PROMPT, "waits": PROMPT, "sampled": (7, 8, 9), "short": (20, 21)}
+    hot = dict(temperature=0.9, top_p=0.9, seed=5)
+    held = dict(max_tokens=8, allowed_token_ids=range(vocab))
+    wants = {"free": dict(max_tokens=22), "waits": held, "sampled": dict(max_tokens=22, **hot), "short": dict(max_tokens=6)}
+
+    def request(name: str) -> Request:
+        return Request(name, prompts[name], SamplingParams(**{"temperature": 0, "ignore_eos": True, **wants[name]}))
+
+    alone = {name: answer(core("qwen3"), request(name))[0].tokens() for name in ("sampled", "short")}
+    engine, gathers, turns = core("qwen3", decode_steps=3), {name: Gather() for name in wants}, []
+    schedule = engine._scheduler.next
+
+    def noted():
+        if (step := schedule()) is not None:
+            turns.append(sorted(row.samples for row in step.rows))
+        return step
+
+    monkeypatch.setattr(engine._scheduler, "next", noted)
+    for name, gather in gathers.items():
+        engine.add(request(name), gather)
+    engine._live["waits"].answers[0].sequence.mask = changing
+    with counted_compilations() as compilations:
+        finish(engine)
+    assert not compilations
+    assert {name: gather.tokens() for name, gather in gathers.items()} == {
+        "free": free,
+        "waits": masked_naive(8, changing),
+        **alone,
+    }
+    assert turns == [[1] * 4, [1, 3, 3, 3], [1, 2, 3, 3], *[[1, 3, 3]] * 5]
 
 
 def embedding(gather: Gather) -> tuple[float, ...]:

@@ -242,6 +242,8 @@ def test_several_tokens_come_of_one_dispatch_when_nobody_waits():
         listeners = [Listener() for _ in asked]
         for each, listener in zip(asked, listeners, strict=True):
             core.add(each, listener)
+            if each.id == "waits":
+                core._live[each.id].answers[0].sequence.mask = TokenMask(None, [(0, 1)], VOCAB)
         run_dry(core)
         for each, listener in zip(asked, listeners, strict=True):
             limit = len(each.prompt_token_ids) + (each.params.max_tokens or 0)
@@ -254,6 +256,9 @@ def test_several_tokens_come_of_one_dispatch_when_nobody_waits():
     assert dispatches(4, long, short) == 6, "a row that ends inside of one does not hold the others up"
     assert dispatches(4, request("fits", [1], ignore_eos=True, max_tokens=4)) == 4, "nothing is repeated for fewer tokens than it gives"
     assert dispatches(4, long, request("edited", [5], ignore_eos=True, max_tokens=21, min_tokens=2)) == 21
+    waits = request("waits", [6], ignore_eos=True, max_tokens=6)
+    assert dispatches(4, waits) == 6 and dispatches(4, long, waits) == 6, "a token of one that waits, beside four of one that need not"
+    assert dispatches(4, long, waits, request("fixed", [6], max_tokens=21, ignore_eos=True, allowed_token_ids=range(VOCAB))) == 21
     assert dispatches(4, *(request(f"r{i}", [i], ignore_eos=True, max_tokens=9) for i in range(6))) > 10, "some wait for a row"
 
 

@@ -6,9 +6,10 @@ must be found first.
 
 import time
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
+
+from msgspec.structs import replace
 
 from jaxllm.request import Completion, Logprob, Output, Request
 from serving.errors import ApiError, encode

@@ -6,11 +6,11 @@
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 from uuid import uuid4
 
 from fastapi import FastAPI
+from msgspec.structs import replace
 from pydantic import WithJsonSchema
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response

@@ -44,7 +44,7 @@ class MessagesAnswer:
 
     def first(self, i: int, output: Output) -> bytes:
         usage = Usage(1)
-        usage.add(0, Output(output.request_id, None, output.prompt_token_ids, (), False, num_cached_tokens=output.num_cached_tokens))
+        usage.prompt(0, Output(output.request_id, None, output.prompt_token_ids, (), False, num_cached_tokens=output.num_cached_tokens))
         return _event("message_start", message=self._message([], usage))
 
     def event(self, i: int, completion: Completion, usage: Usage) -> bytes:
