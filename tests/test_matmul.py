@@ -65,6 +65,24 @@ def test_one_row_is_normed_multiplied_gated_and_added(inputs, features, ahead):
     assert apart(one_row(x, weight, residual_1F=residual), exact(x, weight, residual=residual)) < 6e-3
 
 
+@pytest.mark.parametrize(
+    ("features", "bias", "pairs", "normed"), [(4, True, 8, False), (2, False, 8, False), (32, True, 4, False), (4, False, 8, True)]
+)
+def test_one_row_is_turned_and_written_as_by_a_kernel_of_its_own(features, bias, pairs, normed, monkeypatch):
+    """Bit for bit; in that kernel itself where heads are normed, or turned in part."""
+    monkeypatch.setattr(matmul, "one_row_tile", lambda kind, product: matmul_one_row.Tile(features, 64, 4))
+    run, heads, kv_heads, head_dim = OneRow("cpu", interpret=True), 6, 2, 16
+    x, norm, weight = draw(1, 96), Norm(draw(96), 1e-6, 0.0), draw((heads + 2 * kv_heads) * head_dim, 96, scale=0.1)
+    angle, pages, slot = jnp.asarray(RNG.uniform(0, 6, (1, 1, pairs)), jnp.float32), draw(3, kv_heads, 16, head_dim), jnp.array([37])
+    options: dict[str, Any] = dict(heads=heads, cos_sin=(jnp.cos(angle), jnp.sin(angle)), bias_F=draw(len(weight)) if bias else None)
+    options |= dict(q_norm_H=draw(head_dim), k_norm_H=draw(head_dim), eps=1e-6) if normed else {}
+    _, read = run.norm(Stream(x), norm)
+    found = run.heads(read, weight, pages, pages + 1, slot, implementation="portable", interpret=True, **options)
+    apart = turn_and_write(pages, pages + 1, run.product(read, weight), slot, implementation="portable", interpret=True, **options)
+    for ours, other in zip(found, apart, strict=True):
+        np.testing.assert_array_equal(ours, other)
+
+
 @pytest.mark.parametrize(("rows", "gated"), [(2, False), (8, True), (32, False), (64, True), (128, False), (256, False), (256, True)])
 def test_few_rows_leave_parts_of_their_products(rows, gated):
     x, weight = draw(rows, 256), draw(128, 256, scale=1 / 16)
