@@ -139,8 +139,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--num-scheduler-steps", type=int, default=1, help="tokens that a row decodes in one dispatch (default: 1)")
     made.add_argument("--model", help="a folder, for its tokenizer and chat template (default: the model that ships with jaxllm)")
     made.add_argument("--vocab", type=int, default=256, help="prompts are random token ids below this (default: 256)")
-    made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
-    made.add_argument("--no-save", action="store_true", help="print only")
+    record.add_arguments(made)
     return made
 
 

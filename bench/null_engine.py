@@ -34,7 +34,7 @@ class _Made:
         self._tokens, self._done = tokens, done
 
     def draw(self) -> None:
-        pass
+        """Nothing is left to choose: no token depends on what was read."""
 
     def read(self) -> StepResult:
         if (wait := self._done - time.perf_counter()) > 0:
@@ -54,8 +54,7 @@ class NullRunner:
         self._token, self._step, self._free = token, step, 0.0
 
     def run(self, step: Step) -> _Made:
-        turns = max(row.samples for row in step.rows)
-        self._free = max(self._free, time.perf_counter()) + self._step * max(turns, 1)
+        self._free = max(self._free, time.perf_counter()) + self._step * step.turns
         return _Made([[self._token] * row.samples for row in step.rows], self._free)
 
 

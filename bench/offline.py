@@ -15,7 +15,6 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -172,8 +171,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256], help="decode: rows in a batch")
     made.add_argument("--prompt", nargs="+", type=int, default=list(workloads.PREFILL_PROMPTS), help="prefill: tokens in a prompt")
     made.add_argument("--repeats", type=int, default=3, help="decode and prefill: the median of so many (default: 3)")
-    made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
-    made.add_argument("--no-save", action="store_true", help="print only")
+    record.add_arguments(made)
     return made
 
 

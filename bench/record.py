@@ -5,6 +5,7 @@ figure (`anchor`). A new row replaces the old one of the same name and workload;
 versions, command, commit and date it was measured with.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -19,6 +20,12 @@ from typing import Any
 Row = dict[str, Any]
 RESULTS = Path(__file__).parent / "results"
 _MEASURED = ("value", "unit", "limit", "anchor", "versions", "command", "commit", "date")  # the rest of a row says what was measured
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--results and --no-save, for a bench that keeps its rows unless told otherwise."""
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")
+    parser.add_argument("--no-save", action="store_true", help="print only")
 
 
 def save(what: str, device: str, command: str, rows: list[Row], folder: Path = RESULTS) -> Path:

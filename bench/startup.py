@@ -131,8 +131,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--warm", type=int, default=3, help="starts after that (default: 3)")
     made.add_argument("--timeout", type=float, default=900.0, help="seconds for one start (default: 900)")
     made.add_argument("--args", default="", help='more flags of jaxllm serve, as one word: --args="--max-model-len 8192"')
-    made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
-    made.add_argument("--no-save", action="store_true", help="print only")
+    record.add_arguments(made)
     return made
 
 

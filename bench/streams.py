@@ -11,7 +11,6 @@ import argparse
 import multiprocessing
 import statistics
 import sys
-from pathlib import Path
 
 from bench import api, load, offline, record, serve, structured, workloads
 from bench.answers import Answer
@@ -109,8 +108,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--processes", type=int, default=4, help="client processes (default: 4)")
     made.add_argument("--repeats", type=int, default=3, help="the median of so many (default: 3)")
     made.add_argument("--args", default="", help='more flags of jaxllm serve, as one word: --args="--num-scheduler-steps 1"')
-    made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
-    made.add_argument("--no-save", action="store_true", help="print only")
+    record.add_arguments(made)
     return made
 
 

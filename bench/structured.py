@@ -101,8 +101,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=workloads.DECODE_STEPS, help=f"timed steps (default: {workloads.DECODE_STEPS})")
     made.add_argument("--repeats", type=int, default=3, help="the median of so many (default: 3)")
     made.add_argument("--tokenizer", help="a folder with the model's tokenizer")
-    made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
-    made.add_argument("--no-save", action="store_true", help="print only")
+    record.add_arguments(made)
     return made
 
 

@@ -2,8 +2,8 @@
 
 A row's bits live on the device and are sent there when the row is admitted. Where they depend on the tokens so far (`changes`), the
 runner sends fresh bits for every token: the network runs on the last token before the host has read it, and only the draw waits until it
-has, so that neither this row nor its neighbours run less often. W words of 32 tokens, token t being bit t % 32 of word t // 32; 1 is
-banned.
+has. Such a row has one token a dispatch; its neighbours have as many as ever. W words of 32 tokens, token t being bit t % 32 of word
+t // 32; 1 is banned.
 """
 
 from collections.abc import Iterable, Sequence

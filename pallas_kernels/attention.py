@@ -208,8 +208,8 @@ def paged_attention(
     k_scale_K, v_scale_K: float32, what the numbers in float8_e4m3fn pages are multiplied by, for each kv head; None is 1 (see `write_kv`).
     return_lse: also the natural logarithm of each softmax's denominator, sinks included -> [N, Q] float32; -inf in lanes nobody owns.
     work: from `plan_work` for the same rows, shapes, window and implementation; another shape, window or implementation is a ValueError
-    with both numbers. Raises
-    NotImplementedError if the planned implementation lacks sinks or log-sum-exp: plan with sinks=True or lse=True.
+    with both numbers. A decode kernel counts in it, and sets the counters back: calls that share a plan must not run at the same time.
+    Raises NotImplementedError if the planned implementation lacks sinks or log-sum-exp: plan with sinks=True or lse=True.
     """
     _check_call(q_NQH, k_pages, v_pages, rows, work, window, softcap, implementation)
     _check_extras(q_NQH, k_pages, work, sinks_Q, k_scale_K, v_scale_K, return_lse)

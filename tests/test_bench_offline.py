@@ -1,6 +1,7 @@
 """The offline bench over a pretended engine whose clock is known, so that what it reports can be worked out by hand."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -139,7 +140,7 @@ def test_the_command_loads_a_shape_measures_and_keeps_rows(monkeypatch, tmp_path
     loaded = []
 
     def load(**options):
-        config = json.loads((offline.Path(options["model"]) / "config.json").read_text())
+        config = json.loads((Path(options["model"]) / "config.json").read_text())
         loaded.append((options, config))
         return FakeLLM(**options)
 
@@ -148,7 +149,7 @@ def test_the_command_loads_a_shape_measures_and_keeps_rows(monkeypatch, tmp_path
     offline.main([*command, "--set", "max_num_batched_tokens=2048", "block_size=32", "--results", str(tmp_path)])
     [(options, config)] = loaded
     assert config == workloads.SHAPES["qwen2.5-0.5b"]
-    assert not offline.Path(options.pop("model")).exists(), "the temporary folder is gone"
+    assert not Path(options.pop("model")).exists(), "the temporary folder is gone"
     assert options == {
         "max_model_len": 769,
         "max_num_seqs": 2,

@@ -76,6 +76,11 @@ def test_small_models_decode_several_tokens_a_dispatch():
         plan(num_scheduler_steps=17, block_size=16)
 
 
+def test_on_a_cpu_a_shape_of_one_row_is_for_float32():
+    smallest = [min(plan(CPU, max_model_len=1024, dtype=dtype).buckets) for dtype in ("float32", "bfloat16", "float16")]
+    assert smallest == [Bucket(0, 1), Bucket(0, 8), Bucket(0, 8)]
+
+
 def test_enforce_eager_compiles_two_shapes():
     assert plan(enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=512).buckets == (Bucket(0, 16), Bucket(512, 16))
 
