@@ -194,14 +194,21 @@ def chained(model: str, device: Any) -> list[record.Row]:
     x, h = (jax.random.normal(next(keys), (1, n), jnp.bfloat16) for n in (made["o"].inputs, size))
     call = Call(made["o"], weights, x, {"h": h})  # pyright: ignore[reportArgumentType]
     reading = record.rounded(sum(1e6 * Call.bytes(made[name]) / MACHINES[device.device_kind].read for name in names))
-    rows = []
-    for by, least in (("chain", 0), ("kernels", 2**60)):
-        run = Chained(device.device_kind, blocks=device.core_count, least=least)
-        call_one = compiled(
-            call, lambda x, rest, around, run=run: run.rest(Stream(around["h"]), x, rest, Norm(rest[0], 1e-6, 0.0), jax.nn.silu)
-        )
-        stream, qkv = call_one(x, weights[0], call.around)
-        if (error := max(map(apart, (stream.h_ND, qkv[0]), _rest_meant(x, h, weights[0])))) > RIGHT:
+    rows, run = [], Chained(device.device_kind, blocks=device.core_count)
+
+    def chain(x, rest, around):
+        stream, qkv_PNF = run.rest(Stream(around["h"]), x, rest, Norm(rest.mlp_norm_D, 1e-6, 0.0), jax.nn.silu)
+        return stream.h_ND, qkv_PNF[0]
+
+    def kernels(x, rest, around):
+        stream, norms = Stream(around["h"]), [Norm(weight, 1e-6, 0.0) for weight in (rest.mlp_norm_D, rest.next_norm_D)]
+        stream, normed = run.norm(run.add(stream, x, rest.o_DH), norms[0])
+        stream, normed = run.norm(run.add(stream, run.gated(normed, rest.inputs_FD, jax.nn.silu), rest.down_DF), norms[1])
+        return stream.h_ND, run.product(normed, rest.qkv_FD)[0]
+
+    for by, way in (("chain", chain), ("kernels", kernels)):
+        call_one = compiled(call, way)
+        if (error := max(map(apart, call_one(x, weights[0], call.around), _rest_meant(x, h, weights[0])))) > RIGHT:
             raise SystemExit(f"the rest of a layer of {model} by {by}: something else, {error:.2g} of it")
         us = record.rounded(timed([call_one], call)[0])
         common = {"model": model, "product": "rest", "batch": 1, "dtype": "bfloat16", "tp": 1, "limit": reading}

@@ -16,7 +16,8 @@ from converters.model_config import Layer, ModelConfig
 from jaxllm import parallel
 from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
 from jaxllm.patch import Patching
-from pallas_kernels import Chained, Linears, Rest, Stream
+from pallas_kernels import Chained, Linears, Product, Rest, Stream, product_of
+from pallas_kernels import Norm as NormWeight
 
 GATES = ("silu", "gelu_tanh")  # activations that the compilers of the fused kernels know
 KV = Any  # one layer's cache, as its context understands it: a pair of page arrays, or None
@@ -57,10 +58,8 @@ class Following(NamedTuple):
 class ProductContext(Context, Protocol):
     """A context that has `linears`."""
 
-    def attend_product(
-        self, qkv_PNF: jax.Array, attn: "Attention", kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, KV]:
-        """`attend` to what one product of `attn` left: parts to be summed, neither biased nor normed nor turned."""
+    def attend_product(self, normed: Any, attn: "Attention", kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, KV]:
+        """`attend` to the product of `attn` with `normed`, which is what `linears.norm` gave."""
         ...
 
 
@@ -164,7 +163,7 @@ class Block(nnx.Module):
         run, attn, mlp = ctx.linears, self.attn, self.mlp
         assert run is not None and isinstance(mlp, MLP) and self.attn_in is not None and self.mlp_in is not None
         x, normed = run.norm(x, self.attn_in.rms())
-        o_NQH, kv = ctx.attend_product(run.product(normed, attn.qkv.weight[...]), attn, kv, cos_sin)
+        o_NQH, kv = ctx.attend_product(normed, attn, kv, cos_sin)
         x = run.add(x, o_NQH.reshape(len(o_NQH), -1), attn.o.weight[...])
         x, normed = run.norm(x, self.mlp_in.rms())
         hidden_NF = run.gated(normed, mlp.inputs.weight[...], ACTIVATIONS[mlp.act])
@@ -174,13 +173,25 @@ class Block(nnx.Module):
         self, x: tuple[Stream, jax.Array], kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: ProductContext, following: Following
     ) -> tuple[tuple[Stream, jax.Array | None], KV]:
         """The same from QKV to the next block's QKV, where all but attention is one kernel."""
-        run, attn, mlp = cast(Chained, ctx.linears), self.attn, self.mlp
-        assert isinstance(mlp, MLP) and self.mlp_in is not None
+        run, attn, mlp = ctx.linears, self.attn, self.mlp
+        assert isinstance(run, Chained) and isinstance(mlp, MLP) and self.mlp_in is not None
         (stream, qkv_PNF), mlp_norm = x, self.mlp_in.rms()
         o_NQH, kv = ctx.attend_product(qkv_PNF, attn, kv, cos_sin)
         o, inputs, down = (linear.weight[...] for linear in (attn.o, mlp.inputs, mlp.down))
         rest = Rest(mlp_norm.weight_D, following.norm_D, o, inputs, down, following.qkv_FD)
         return run.rest(stream, o_NQH.reshape(len(o_NQH), -1), rest, mlp_norm, ACTIVATIONS[mlp.act]), kv
+
+    def before(self) -> tuple[NormWeight, jax.Array]:
+        """Of a block that can run fused: the norm before its QKV, and QKV's weight."""
+        assert self.attn_in is not None
+        return self.attn_in.rms(), self.attn.qkv.weight[...]
+
+    @property
+    def products(self) -> list[Product]:
+        """Of one that can run fused."""
+        assert isinstance(self.mlp, MLP)
+        gated = product_of(self.mlp.inputs.weight[...], True)
+        return [product_of(linear.weight[...], False) for linear in (self.attn.qkv, self.attn.o, self.mlp.down)] + [gated]
 
     @property
     def usual(self) -> bool:
@@ -238,23 +249,22 @@ class Decoder(nnx.Module):
         turns = {rope: rotation(positions_N, rope) for layer in self.c.layers if (rope := layer.rope) is not None}
         kept = list(cache) if cache is not None else [None] * len(self.blocks)
         run = ctx.linears
-        chain = run if isinstance(run, Chained) else None
         x: Any = x_ND if run is None else Stream(x_ND)
-        if chain is not None:
-            stream, normed = chain.norm(x, cast(Norm, self.blocks[0].attn_in).rms())
-            x = stream, chain.product(normed, self.blocks[0].attn.qkv.weight[...])
+        if chained := isinstance(run, Chained):
+            norm, qkv_FD = self.blocks[0].before()
+            x = run.begin(x, norm, qkv_FD)
         for i, (block, layer) in enumerate(zip(self.blocks, self.c.layers, strict=True)):
             graphdef, state = nnx.split(block)
             cos_sin = None if layer.rope is None else turns[layer.rope]
-            visited = i if ctx.visits(i, kept[i]) else None
-            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, visited, self._following(i) if chain else None)
-        return self.norm(x) if run is None else run.finish(x[0] if chain else x, self.norm.rms()), kept
+            visited, following = i if ctx.visits(i, kept[i]) else None, self._following(i) if chained else None
+            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, visited, following)
+        return self.norm(x) if run is None else run.finish(x[0] if chained else x, self.norm.rms()), kept
 
     def _following(self, i: int) -> Following:
         if i + 1 == len(self.blocks):
             return Following(self.norm.weight[...], None)
-        block = self.blocks[i + 1]
-        return Following(cast(Norm, block.attn_in).weight[...], block.attn.qkv.weight[...])
+        norm, qkv_FD = self.blocks[i + 1].before()
+        return Following(norm.weight_D, qkv_FD)
 
     @property
     def usual(self) -> bool:

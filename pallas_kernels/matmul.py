@@ -4,7 +4,7 @@ Such a step is bound by the bytes of its weights and by the number of its kernel
 reads the same in both; `linears_for` says which one a step takes, if any, and there is no third place where that is decided.
 
 - `OneRow`: a norm is part of the product it feeds, and a residual of the product that it is added to.
-- `Chained` (Hopper): the same, and all from attention's output to the next layer's QKV in one kernel, if a layer is large.
+- `Chained` (Hopper, large layers): the same, but all from attention's output to the next layer's QKV is one kernel.
 - `ManyRows` (Hopper): products leave parts; whoever reads a product sums them, which for the residual stream is also the next norm. A
   product that XLA's kernels are better at is theirs, and leaves one part.
 
@@ -12,7 +12,7 @@ N rows, D model, F features of a product, P parts.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -23,6 +23,7 @@ from jax import Array
 
 from pallas_kernels import matmul_chain, matmul_one_row, matmul_sm90
 from pallas_kernels.blocks import file_name
+from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul_join import join
 
 
@@ -64,6 +65,18 @@ class OneRow:
         """[P, N, F], to be summed over P."""
         return self._normed(normed, weight_FD)[None]
 
+    def heads(
+        self, normed: Any, weight_FD: Array, k_pages: Array, v_pages: Array, slot_N: Array, **options: Any
+    ) -> tuple[Array, Array, Array]:
+        """(q [N, Q, H], and the pages with K and V): `turn_and_write`, with its options, of a product."""
+        h_ND, norm = normed
+        cos_sin, plain = options.get("cos_sin"), options.get("q_norm_H") is None and options.get("k_norm_H") is None
+        if cos_sin is None or 2 * cos_sin[0].shape[-1] != k_pages.shape[-1] or not plain or k_pages.dtype != h_ND.dtype:
+            return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
+        kept = dict(heads=options["heads"], bias_F=options.get("bias_F"), cos_sin=cos_sin, interpret=self.interpret)
+        kept |= dict(tile=one_row_tile(self.kind, product_of(weight_FD, False)), norm_D=norm.weight_D, eps=norm.eps, offset=norm.offset)
+        return matmul_one_row.project(h_ND, weight_FD, k_pages, v_pages, slot_N, **kept)
+
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
         """[N, F / 2]: the products with the second half of the weights, times `act` of those with the first."""
         return self._normed(normed, weight_FD, act=act)
@@ -81,31 +94,34 @@ class OneRow:
         return self._linear(h_ND, weight_FD, norm_D=norm.weight_D, eps=norm.eps, offset=norm.offset, **options)
 
     def _linear(self, x_ND: Array, weight_FD: Array, **options: Any) -> Array:
-        tile = one_row_tile(self.kind, _product(weight_FD, "act" in options))
+        tile = one_row_tile(self.kind, product_of(weight_FD, "act" in options))
         return matmul_one_row.linear(x_ND, weight_FD, tile=tile, interpret=self.interpret, **options)
 
 
 @dataclass(frozen=True)
 class Chained(OneRow):
-    """blocks: multiprocessors. least: bytes of a layer's weights; below them, kernels of their own beat blocks that wait for each other."""
+    """Layers overlap: each begins with its QKV, which the one before it made. blocks: multiprocessors, all of them there at once."""
 
     blocks: int = 1
-    least: int = 256 * 2**20
+
+    def begin(self, stream: Stream, norm: Norm, qkv_FD: Array) -> tuple[Stream, Array]:
+        """What the first layer begins with."""
+        stream, normed = self.norm(stream, norm)
+        return stream, self.product(normed, qkv_FD)
+
+    def heads(
+        self, normed: Any, weight_FD: Array, k_pages: Array, v_pages: Array, slot_N: Array, **options: Any
+    ) -> tuple[Array, Array, Array]:
+        """`normed`: the product itself, made already."""
+        return turn_and_write(k_pages, v_pages, normed, slot_N, **options)
 
     def rest(
         self, stream: Stream, x_NF: Array, rest: matmul_chain.Rest, mlp_norm: Norm, act: Callable[[Array], Array]
     ) -> tuple[Stream, Array | None]:
         """All that follows a layer's attention: (the stream, the next layer's QKV if there is one). The norms differ in weights only."""
-        eps, offset = mlp_norm.eps, mlp_norm.offset
-        if sum(w.size * w.dtype.itemsize for w in rest if w is not None and w.ndim == 2) >= self.least and matmul_chain.fits(rest):
-            options: dict[str, Any] = dict(act=act, eps=eps, offset=offset, blocks=self.blocks, interpret=self.interpret)
-            h_ND, qkv_NF = matmul_chain.rest_of_layer(x_NF, stream.h_ND, rest, **options)
-            return Stream(h_ND), None if qkv_NF is None else qkv_NF[None]
-        stream = self.add(stream, x_NF, rest.o_DH)
-        stream, normed = self.norm(stream, mlp_norm)
-        stream = self.add(stream, self.gated(normed, rest.inputs_FD, act), rest.down_DF)
-        stream, normed = self.norm(stream, Norm(rest.next_norm_D, eps, offset))
-        return stream, None if rest.qkv_FD is None else self.product(normed, rest.qkv_FD)
+        options: dict[str, Any] = dict(act=act, eps=mlp_norm.eps, offset=mlp_norm.offset, blocks=self.blocks, interpret=self.interpret)
+        h_ND, qkv_NF = matmul_chain.rest_of_layer(x_NF, stream.h_ND, rest, **options)
+        return Stream(h_ND), None if qkv_NF is None else qkv_NF[None]
 
 
 @dataclass(frozen=True)
@@ -125,6 +141,11 @@ class ManyRows:
             return _plain(normed, weight_FD)[None]
         return matmul_sm90.linear(normed, weight_FD, tile=tile, interpret=self.interpret)
 
+    def heads(
+        self, normed: Any, weight_FD: Array, k_pages: Array, v_pages: Array, slot_N: Array, **options: Any
+    ) -> tuple[Array, Array, Array]:
+        return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
+
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
         if (tile := self._tile(normed, weight_FD, gated=True)) is None:
             gate_NF, up_NF = jnp.split(_plain(normed, weight_FD), 2, axis=1)
@@ -139,28 +160,36 @@ class ManyRows:
         return self.norm(stream, norm)[1]
 
     def _tile(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90.Tile | None:
-        return many_rows_tile(self.kind, len(x_ND), _product(weight_FD, gated), trial=self.trial)
+        return many_rows_tile(self.kind, len(x_ND), product_of(weight_FD, gated), trial=self.trial)
 
 
 Linears = OneRow | ManyRows
 MOST = 1024  # rows: beyond them are prompts, whose products are so long that nothing around them matters
+LARGE = 256 * 2**20  # bytes of a layer's weights: one kernel is 4% faster for 416 MiB, and slower for 147 (H200)
 
 
-def linears_for(device: Any, rows: int, dtype: Any) -> Linears | None:
-    """How a step of `rows` rows on one device runs its layers; None: by plain products, and XLA does the rest."""
+def linears_for(device: Any, rows: int, dtype: Any, layer: Iterable[Product] = ()) -> Linears | None:
+    """How a step of `rows` rows on one device runs its layers; None: by plain products, and XLA does the rest. layer: one's products."""
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     if capability is None or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return None
     if rows == 1 and float(capability) >= 8:
-        return Chained(device.device_kind, blocks=getattr(device, "core_count", 132)) if capability == "9.0" else OneRow(device.device_kind)
+        chained = capability == "9.0" and _chains([*layer], jnp.dtype(dtype).itemsize)
+        return Chained(device.device_kind, blocks=device.core_count) if chained else OneRow(device.device_kind)
     return ManyRows(device.device_kind) if capability == "9.0" and rows <= MOST else None
+
+
+def _chains(layer: Sequence[Product], itemsize: int) -> bool:
+    size = sum((1 + product.gated) * product.features * product.inputs for product in layer) * itemsize
+    return size >= LARGE and all(map(matmul_chain.fits, layer))
 
 
 def _plain(x_ND: Array, weight_FD: Array) -> Array:
     return jnp.einsum("nd,fd->nf", x_ND, weight_FD)
 
 
-def _product(weight_FD: Array, gated: bool) -> Product:
+def product_of(weight_FD: Array, gated: bool) -> Product:
+    """The product whose weight this is."""
     return Product(weight_FD.shape[0] // (2 if gated else 1), weight_FD.shape[1], gated)
 
 

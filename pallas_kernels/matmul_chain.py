@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -77,9 +77,16 @@ class _Options:
         return LINES if self.interpret else COPIED
 
 
-def fits(rest: Rest) -> bool:
-    """Are all inputs whole chunks, and all features whole eights?"""
-    return all(w.shape[0] % 8 == 0 and w.shape[1] % CHUNK == 0 for w in rest if w is not None and w.ndim == 2)
+class _Sized(Protocol):
+    @property
+    def features(self) -> int: ...
+    @property
+    def inputs(self) -> int: ...
+
+
+def fits(product: _Sized) -> bool:
+    """Are its inputs whole chunks, and its features whole eights?"""
+    return product.features % 8 == 0 and product.inputs % CHUNK == 0
 
 
 def _cut(features: int, blocks: int, whole: bool) -> int:

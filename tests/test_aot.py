@@ -33,7 +33,7 @@ KERNELS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job
 # Bytes stored and loaded once a tile, outside the loops over KV blocks: with a window there are three of them to keep numbers for.
 SPILLED = {"sm90:prefill_group_1": (52, 56)}
 STEPS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job.startswith(("step", "row", "again"))]
-LAYER = {("a100", "row:portable"): 6, ("h200", "row:portable"): 6}  # kernels
+LAYER = {("a100", "row:portable"): 5, ("h200", "row:portable"): 5}  # kernels
 
 
 def missing() -> list[str]:

@@ -66,6 +66,24 @@ def test_one_row_is_normed_multiplied_gated_and_added(inputs, features, ahead):
     assert apart(one_row(x, weight, residual_1F=residual), exact(x, weight, residual=residual)) < 6e-3
 
 
+@pytest.mark.parametrize(
+    ("features", "bias", "pairs", "normed"), [(4, True, 8, False), (2, False, 8, False), (32, True, 4, False), (4, False, 8, True)]
+)
+def test_one_row_is_turned_and_written_as_by_a_kernel_of_its_own(features, bias, pairs, normed, monkeypatch):
+    """Bit for bit; in that kernel itself where heads are normed, or turned in part."""
+    monkeypatch.setattr(matmul, "one_row_tile", lambda kind, product: matmul_one_row.Tile(features, 64, 4))
+    run, heads, kv_heads, head_dim = OneRow("cpu", interpret=True), 6, 2, 16
+    x, norm, weight = draw(1, 96), Norm(draw(96), 1e-6, 0.0), draw((heads + 2 * kv_heads) * head_dim, 96, scale=0.1)
+    angle, pages, slot = jnp.asarray(RNG.uniform(0, 6, (1, 1, pairs)), jnp.float32), draw(3, kv_heads, 16, head_dim), jnp.array([37])
+    options: dict[str, Any] = dict(heads=heads, cos_sin=(jnp.cos(angle), jnp.sin(angle)), bias_F=draw(len(weight)) if bias else None)
+    options |= dict(q_norm_H=draw(head_dim), k_norm_H=draw(head_dim), eps=1e-6) if normed else {}
+    _, read = run.norm(Stream(x), norm)
+    found = run.heads(read, weight, pages, pages + 1, slot, implementation="portable", interpret=True, **options)
+    apart = turn_and_write(pages, pages + 1, run.product(read, weight), slot, implementation="portable", interpret=True, **options)
+    for ours, other in zip(found, apart, strict=True):
+        np.testing.assert_array_equal(ours, other)
+
+
 @pytest.mark.parametrize(("rows", "gated"), [(2, False), (8, True), (32, False), (64, True), (128, False), (256, False), (256, True)])
 def test_few_rows_leave_parts_of_their_products(rows, gated):
     x, weight = draw(rows, 256), draw(128, 256, scale=1 / 16)
@@ -173,7 +191,9 @@ def test_the_way_is_chosen_by_device_and_rows():
     cpu: Any = SimpleNamespace(platform="cpu")
     assert linears_for(cpu, 1, "bfloat16") is None
     assert type(linears_for(gpu("8.0"), 1, "bfloat16")) is OneRow
-    assert isinstance(linears_for(gpu("9.0"), 1, "bfloat16"), Chained)
+    assert type(linears_for(gpu("9.0"), 1, "bfloat16", QWEN_05B)) is OneRow, "small layers are faster in kernels of their own"
+    assert isinstance(linears_for(gpu("9.0"), 1, "bfloat16", LLAMA_8B), Chained)
+    assert type(linears_for(gpu("9.0"), 1, "bfloat16", [*LLAMA_8B, Product(100, 4096)])) is OneRow, "not whole eights"
     assert linears_for(gpu("8.0"), 8, "bfloat16") is None, "not measured there"
     assert isinstance(linears_for(gpu("9.0"), 64, "bfloat16"), ManyRows)
     assert isinstance(linears_for(gpu("9.0"), 1024, "float16"), ManyRows)
@@ -260,18 +280,19 @@ def wide_tile(kind: str, rows: int, product: Product, trial: bool = False) -> ma
     return matmul_sm90.Tile(64, 64, 1 if product.gated else product.inputs // 64)
 
 
-@pytest.mark.parametrize(("name", "rows"), [("qwen2", 1), ("qwen3", 1), ("qwen2", 4), ("qwen2", 3)], ids=str)
-@pytest.mark.parametrize("chained", [None, 0, 2**40], ids=["", "chained", "too small for it"])
-def test_a_decoder_is_the_same_through_the_kernels(name, rows, chained, monkeypatch):
+WAYS = {way: type(way).__name__ for way in (OneRow("cpu", interpret=True), Chained("cpu", interpret=True), ManyRows("cpu", interpret=True))}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "linears"),
+    [(name, 1, way) for name in MODELS for way in [*WAYS][:2]] + [("qwen2", rows, [*WAYS][2]) for rows in (4, 3)],
+    ids=lambda given: WAYS[given] if isinstance(given, (OneRow, ManyRows)) else str(given),
+)
+def test_a_decoder_is_the_same_through_the_kernels(name, rows, linears, monkeypatch):
     """Logits and every page, to what bfloat16 rounds; a norm that is dropped, or a sum, is far beyond that. Three rows: XLA's products."""
     if rows in matmul_sm90.ROWS:
         monkeypatch.setattr(matmul, "many_rows_tile", wide_tile)
     decoder = shaken(decoder_of(name))
-    if chained is not None and rows > 1:
-        pytest.skip("a chain is of one row")
-    linears = OneRow("cpu", interpret=True) if rows == 1 else ManyRows("cpu", interpret=True)
-    if chained is not None:
-        linears = Chained("cpu", interpret=True, least=chained)
     assert decoder.usual
     plain, plain_cache = step(decoder, None, rows)
     found, cache = step(decoder, linears, rows)
@@ -290,7 +311,7 @@ def test_logits_are_no_worse_than_plain_products(model, layers, rows):
     """Against float32, teacher-forced; and the likeliest token is the same wherever it leads by more than the error."""
     config = read_config(SHAPES[model] | {"num_hidden_layers": layers, "vocab_size": 4096})
     decoder = shaken(Decoder(RandomWeights(tensor_shapes(config), decoder_mesh(), "bfloat16", 3), config))
-    linears = linears_for(jax.devices()[0], rows, "bfloat16")
+    linears = linears_for(jax.devices()[0], rows, "bfloat16", decoder.blocks[0].products)
     if linears is None:
         pytest.skip(f"{jax.devices()[0].device_kind} runs {rows} rows as plain products")
     linears = replace(linears, trial=True) if isinstance(linears, ManyRows) else linears
