@@ -9,7 +9,7 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -82,9 +82,7 @@ class _Answer:
         """What came since the last time."""
         logprobs = None if self.sequence.params.logprobs is None else tuple(self.logprobs)
         completion = Completion(self.sequence.index, "".join(self.text), tuple(self.untold), logprobs, reason, stop)
-        self.text.clear()
-        self.untold.clear()
-        self.logprobs.clear()
+        self.text, self.untold, self.logprobs = [], [], []
         return completion
 
 
@@ -281,32 +279,39 @@ class Core:
                 if live.request.embed:
                     assert result.hidden is not None
                     live.embedding = unit(result.hidden[i].tolist())
-                for token in result.tokens[i]:
-                    self._take_token(live, answer, token)
-                    if row.sequence.finished:  # whatever it drew behind its end
-                        break
+                self._take_tokens(live, answer, result.tokens[i])
                 if row.sequence.slot is not None:
                     self._scheduler.publish(row.sequence)
         self._metrics.flush()
 
-    def _take_token(self, live: _Live, answer: _Answer, token: int) -> None:
-        sequence = answer.sequence
-        if sequence.mask is not None and token not in sequence.stop_ids:
-            sequence.mask.take(token)
-        if sequence.mask is not None and sequence.mask.fault is not None:
-            self._fail(live, answer, sequence.mask.fault)
-            return
-        sequence.tokens.append(token)
-        answer.untold.append(token)
-        sequence.pending -= 1
-        self._counts["generation_tokens"] += 1
-        self._metrics.token(live.times, answer.last)
+    def _take_tokens(self, live: _Live, answer: _Answer, tokens: list[int]) -> None:
+        """What one row drew, up to its end. A stream is told of each token by itself, and of all of them at once."""
+        sequence, before, told = answer.sequence, len(answer.sequence.tokens), []
+        reason = stop = None
+        for token in tokens:
+            if (mask := sequence.mask) is not None:
+                if token not in sequence.stop_ids:
+                    mask.take(token)
+                if mask.fault is not None:
+                    reason, stop = "error", f"structured_outputs could not be followed to the end: {mask.fault}"
+                    log.warning("request %s: %s", live.request.id, stop)
+                    break
+            sequence.tokens.append(token)
+            answer.untold.append(token)
+            reason, stop = self._extend(answer, token)
+            if reason is not None:
+                break
+            if live.request.stream:
+                told.append(answer.news())
+        count = len(sequence.tokens) - before
+        sequence.pending -= count
+        self._counts["generation_tokens"] += count
+        self._metrics.tokens(live.times, answer.last, count)
         answer.last = self._metrics.now
-        reason, stop = self._extend(answer, token)
-        if reason:
-            self._end(live, answer, reason, stop)
-        elif live.request.stream:
-            self._tell(live, answer.news())
+        if reason is not None:
+            self._end(live, answer, reason, stop, told)
+        elif told:
+            self._tell(live, told)
 
     def _extend(self, answer: _Answer, token: int) -> tuple[FinishReason | None, str | int | None]:
         """Adds the token's text; says whether and why it is the last one. An end token is no text."""
@@ -332,13 +337,10 @@ class Core:
 
     # ------------------------------------------------------------------ telling
 
-    def _fail(self, live: _Live, answer: _Answer, why: str) -> None:
-        """Ends one answer in an error, and no other."""
-        why = f"structured_outputs could not be followed to the end: {why}"
-        log.warning("request %s: %s", live.request.id, why)
-        self._end(live, answer, "error", why)
-
-    def _end(self, live: _Live, answer: _Answer, reason: FinishReason, stop: str | int | None = None) -> None:
+    def _end(
+        self, live: _Live, answer: _Answer, reason: FinishReason, stop: str | int | None = None, told: Iterable[Completion] = ()
+    ) -> None:
+        """`told`: what its listener is told before the end."""
         if live.queued:
             self._scheduler.finish(answer.sequence)
         else:
@@ -347,16 +349,16 @@ class Core:
         if not live.left:
             del self._live[live.request.id]
             self._metrics.end(live.times, reason, len(live.request.prompt_token_ids))
-        self._tell(live, answer.news(reason, stop))
+        self._tell(live, (*told, answer.news(reason, stop)))
 
-    def _tell(self, live: _Live, completion: Completion) -> None:
+    def _tell(self, live: _Live, completions: Iterable[Completion]) -> None:
         request = live.request
         live.listener(
             Output(
                 request.id,
                 request.prompt,
                 request.prompt_token_ids,
-                (completion,),
+                tuple(completions),
                 finished=not live.left,
                 prompt_logprobs=None if live.prompt_logprobs is None else self._whole_prompt_logprobs(live),
                 num_cached_tokens=live.answers[0].sequence.cached,

@@ -81,17 +81,21 @@ class Metrics:
         """A step's tokens are here."""
         self.now = time.perf_counter()
 
-    def token(self, times: Times, before: float | None) -> None:
-        """One token of the step at hand. `before`: when its row's last one was read; None for the first."""
-        times.tokens += 1
+    def tokens(self, times: Times, before: float | None, count: int) -> None:
+        """What one row drew in the step at hand. `before`: when its last token was read; None for the first."""
+        if not count:
+            return
+        times.tokens += count
         if before is not None:
             self._gaps[before] += 1
         elif times.first is None:
             times.first = self.now
             self._observe("time_to_first_token_seconds", self.now - times.arrived)
+        if count > 1:  # which came together
+            self._gaps[self.now] += count - 1
 
     def flush(self) -> None:
-        """Observes what `token` gathered of one step."""
+        """Observes what `tokens` gathered of one step."""
         for before, count in self._gaps.items():
             self.histograms["inter_token_latency_seconds"].add(self.now - before, count)
         self._gaps.clear()

@@ -109,9 +109,8 @@ class Service:
             self._send(sender, wire.Refused(request_id, str(output.error), output.error.param))
             return
         sender, request_id = self._senders.pop(output.request_id) if output.finished else self._senders[output.request_id]
-        (completion,) = output.outputs
         logprobs = None if output.prompt_logprobs is None else list(output.prompt_logprobs)
-        piece = wire.Piece(request_id, completion, output.finished, output.num_cached_tokens, logprobs, output.embedding)
+        piece = wire.Piece(request_id, output.outputs, output.finished, output.num_cached_tokens, logprobs, output.embedding)
         self._out.setdefault(sender, []).append(piece)
 
     def _flush(self) -> None:

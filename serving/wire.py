@@ -69,7 +69,7 @@ class Piece(msgspec.Struct, array_like=True):
     """An Output without what its request already says."""
 
     request_id: str
-    completion: Completion
+    completions: tuple[Completion, ...]
     finished: bool
     cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None

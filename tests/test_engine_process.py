@@ -142,7 +142,7 @@ def test_what_waits_to_be_read_comes_as_one_output_and_an_error_behind_it(engine
         box = remote_engine._Box()
         taken = asyncio.create_task(box.take())
         await asyncio.sleep(0)
-        piece = wire.Piece("x", Completion(0, "a", (1,)), False, 0)
+        piece = wire.Piece("x", (Completion(0, "a", (1,)),), False, 0)
         box.put(piece)
         box.put(piece)
         box.fail(EngineDeadError("gone"))
