@@ -198,6 +198,7 @@ def chained(model: str, device: Any) -> list[record.Row]:
 
     def chain(x, rest, around):
         stream, qkv_PNF = run.rest(Stream(around["h"]), x, rest, Norm(rest.mlp_norm_D, 1e-6, 0.0), jax.nn.silu)
+        assert qkv_PNF is not None
         return stream.h_ND, qkv_PNF[0]
 
     def kernels(x, rest, around):

@@ -4,8 +4,8 @@
 
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
 a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a model's chain of them ("chain:llama-3.1-8b"), a
-whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one that is
-repeated ("again:portable"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a
+whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row
+("row:portable"), of large layers ("chained:portable"), one that is repeated ("again:portable"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a
 kernel with too many numbers for its registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if
 there are any.
 """
@@ -102,10 +102,11 @@ class AbstractWeights:
 
 
 def step(
-    target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True, rows: int = 64, steps: int = 1
-) -> dict[str, Any]:
-    """A whole step, as the engine runs it: two layers of Qwen2.5-0.5B's shape."""
-    model = read_config(SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": 2, "vocab_size": 1024})
+    target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True, rows: int = 64, steps: int = 1,
+    shape: str = "qwen2.5-0.5b",
+) -> dict[str, Any]:  # fmt: skip
+    """A whole step, as the engine runs it: two layers of the shape."""
+    model = read_config(SHAPES[shape] | {"num_hidden_layers": 2, "vocab_size": 1024})
     here = Mesh(np.array(jax.devices()[:1]), ("tp",))
     weights: Any = AbstractWeights(tensor_shapes(model), here)
     decoder = Decoder(weights, model)
@@ -178,6 +179,8 @@ def job(target: Target, name: str) -> dict[str, Any]:
             return linear(target, int(rows), int(features), int(inputs), bool(gated))
         if kind == "row":
             return step(target, rest, rows=1)
+        if kind == "chained":
+            return step(target, rest, rows=1, shape="llama-3.1-8b")
         if kind == "again":
             return step(target, rest, steps=4)
         if kind == "step":

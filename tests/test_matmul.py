@@ -180,7 +180,8 @@ def test_heads_of_another_shape_are_refused():
 
 
 def gpu(capability: str) -> Any:
-    return SimpleNamespace(platform="gpu", compute_capability=capability, device_kind="NVIDIA H200" if capability == "9.0" else "other")
+    kind = "NVIDIA H200" if capability == "9.0" else "other"
+    return SimpleNamespace(platform="gpu", compute_capability=capability, device_kind=kind, core_count=132)
 
 
 LLAMA_8B = [Product(6144, 4096), Product(4096, 4096), Product(14336, 4096, True), Product(4096, 14336)]
