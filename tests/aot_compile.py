@@ -6,8 +6,8 @@ It prints a JSON object: for each job its error, or what the compiler made of it
 a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a model's chain of them ("chain:llama-3.1-8b"), a
 whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row
 ("row:portable"), of large layers ("chained:portable"), one that is repeated ("again:portable"), and two planted mistakes:
-"kept:portable", a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`: what
-Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
+"kept:portable", a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`:
+what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
 """
 
 import json
