@@ -28,8 +28,7 @@ from bench import record
 from bench.profile import spans
 from bench.workloads import MACHINES, SHAPES, Shape
 from pallas_kernels.blocks import file_name
-from pallas_kernels.matmul import Chained, Norm, Product, Stream, many_rows_tile, one_row_tile
-from pallas_kernels.matmul_chain import Rest
+from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
 from pallas_kernels.matmul_one_row import Tile, linear
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows_linear
@@ -180,56 +179,6 @@ def compare(kind: str, model: str, name: str, product: Product, rows: int) -> tu
     return found, tuned(product, lines, tile, found[-1]["value"]) if tile is not None and lines else None
 
 
-def chained(model: str, device: Any) -> list[record.Row]:
-    """All of a layer behind attention, of one row: as one kernel, and as kernels of their own; each compared with float64 first."""
-    made, keys = products(model), iter(jax.random.split(jax.random.key(2), 1000))
-
-    def weight(product: Product) -> jax.Array:
-        size = (product.features * (1 + product.gated), product.inputs)
-        return jax.random.normal(next(keys), size, jnp.bfloat16) * product.inputs**-0.5
-
-    size, names = made["o"].features, ("o", "gate_up", "down", "qkv")
-    norms = [1 + jax.random.normal(next(keys), (size,), jnp.bfloat16) / 8 for _ in range(2)]
-    weights = [Rest(*norms, *[weight(made[name]) for name in names]) for _ in range(3)]
-    x, h = (jax.random.normal(next(keys), (1, n), jnp.bfloat16) for n in (made["o"].inputs, size))
-    call = Call(made["o"], weights, x, {"h": h})  # pyright: ignore[reportArgumentType]
-    reading = record.rounded(sum(1e6 * Call.bytes(made[name]) / MACHINES[device.device_kind].read for name in names))
-    rows, run = [], Chained(device.device_kind, blocks=device.core_count)
-
-    def chain(x, rest, around):
-        stream, qkv_PNF = run.rest(Stream(around["h"]), x, rest, Norm(rest.mlp_norm_D, 1e-6, 0.0), jax.nn.silu)
-        assert qkv_PNF is not None
-        return stream.h_ND, qkv_PNF[0]
-
-    def kernels(x, rest, around):
-        stream, norms = Stream(around["h"]), [Norm(weight, 1e-6, 0.0) for weight in (rest.mlp_norm_D, rest.next_norm_D)]
-        stream, normed = run.norm(run.add(stream, x, rest.o_DH), norms[0])
-        stream, normed = run.norm(run.add(stream, run.gated(normed, rest.inputs_FD, jax.nn.silu), rest.down_DF), norms[1])
-        return stream.h_ND, run.product(normed, rest.qkv_FD)[0]
-
-    for by, way in (("chain", chain), ("kernels", kernels)):
-        call_one = compiled(call, way)
-        if (error := max(map(apart, call_one(x, weights[0], call.around), _rest_meant(x, h, weights[0])))) > RIGHT:
-            raise SystemExit(f"the rest of a layer of {model} by {by}: something else, {error:.2g} of it")
-        us = record.rounded(timed([call_one], call)[0])
-        common = {"model": model, "product": "rest", "batch": 1, "dtype": "bfloat16", "tp": 1, "limit": reading}
-        rows.append({"name": "linear_us", "value": us, "unit": "us", "by": by} | common)
-        print(f"rest     {by:7}", record.describe(rows[-1]), flush=True)
-    return rows
-
-
-def _rest_meant(x: jax.Array, h: jax.Array, rest: Rest) -> tuple[np.ndarray, np.ndarray]:
-    mlp_norm, next_norm, o, inputs, down, qkv = (np.asarray(w, np.float64) for w in rest)
-    after_o = np.asarray(x, np.float64) @ o.T + np.asarray(h, np.float64)
-    gate, up = np.split(_normed(after_o, mlp_norm) @ inputs.T, 2, axis=1)
-    after = after_o + (gate / (1 + np.exp(-gate)) * up) @ down.T
-    return after, _normed(after, next_norm) @ qkv.T
-
-
-def _normed(h: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    return h / np.sqrt((h * h).mean(-1, keepdims=True) + 1e-6) * norm
-
-
 def _ours(tile: Tile | ManyTile, act, x, weight, around):
     if isinstance(tile, Tile):
         return linear(x, weight, tile=tile, act=act, eps=1e-6, **around)
@@ -283,10 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     for model in args.model:
         for count in args.rows:
             made = [compare(kind, model, name, product, count) for name, product in products(model).items()]
-            rows = [row for rows, _ in made for row in rows]
-            if count == 1 and device.compute_capability == "9.0":
-                rows += chained(model, device)
-            record.save("linears", kind, command, rows, args.results)
+            record.save("linears", kind, command, [row for rows, _ in made for row in rows], args.results)
             write(kind, [row for _, row in made if row is not None], folder)
 
 

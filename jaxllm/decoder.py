@@ -6,7 +6,7 @@ is the context's business (`ctx.attend`): the engine's writes pages, DenseContex
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ from converters.model_config import Layer, ModelConfig
 from jaxllm import parallel
 from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
 from jaxllm.patch import Patching
-from pallas_kernels import Chained, Linears, Product, Rest, Stream, product_of
-from pallas_kernels import Norm as NormWeight
+from pallas_kernels import Linears, Stream
 
 GATES = ("silu", "gelu_tanh")  # activations that the compilers of the fused kernels know
 KV = Any  # one layer's cache, as its context understands it: a pair of page arrays, or None
@@ -46,13 +45,6 @@ class Context(Protocol):
     def visit(self, layer: int, site: str, value_ND: jax.Array, kv: KV) -> tuple[jax.Array, KV]:
         """The activation at one of patch.SITES, as it is to be from here on, and the layer's cache."""
         ...
-
-
-class Following(NamedTuple):
-    """What comes after a chained block: the weights of the next norm and of the next block's QKV, if there is one."""
-
-    norm_D: jax.Array
-    qkv_FD: jax.Array | None
 
 
 class ProductContext(Context, Protocol):
@@ -169,30 +161,6 @@ class Block(nnx.Module):
         hidden_NF = run.gated(normed, mlp.inputs.weight[...], ACTIVATIONS[mlp.act])
         return run.add(x, hidden_NF, mlp.down.weight[...]), kv
 
-    def chained(
-        self, x: tuple[Stream, jax.Array], kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None, ctx: ProductContext, following: Following
-    ) -> tuple[tuple[Stream, jax.Array | None], KV]:
-        """The same from QKV to the next block's QKV, where all but attention is one kernel."""
-        run, attn, mlp = ctx.linears, self.attn, self.mlp
-        assert isinstance(run, Chained) and isinstance(mlp, MLP) and self.mlp_in is not None
-        (stream, qkv_PNF), mlp_norm = x, self.mlp_in.rms()
-        o_NQH, kv = ctx.attend_product(qkv_PNF, attn, kv, cos_sin)
-        o, inputs, down = (linear.weight[...] for linear in (attn.o, mlp.inputs, mlp.down))
-        rest = Rest(mlp_norm.weight_D, following.norm_D, o, inputs, down, following.qkv_FD)
-        return run.rest(stream, o_NQH.reshape(len(o_NQH), -1), rest, mlp_norm, ACTIVATIONS[mlp.act]), kv
-
-    def before(self) -> tuple[NormWeight, jax.Array]:
-        """Of a block that can run fused: the norm before its QKV, and QKV's weight."""
-        assert self.attn_in is not None
-        return self.attn_in.rms(), self.attn.qkv.weight[...]
-
-    @property
-    def products(self) -> list[Product]:
-        """Of one that can run fused."""
-        assert isinstance(self.mlp, MLP)
-        gated = product_of(self.mlp.inputs.weight[...], True)
-        return [product_of(linear.weight[...], False) for linear in (self.attn.qkv, self.attn.o, self.mlp.down)] + [gated]
-
     @property
     def usual(self) -> bool:
         """Can it run fused? RMS norms before and none behind, an MLP with a smooth gate, no bias but that of q, k and v."""
@@ -217,13 +185,9 @@ def _apply(norm: Norm | None, x: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=(0, 6))
-def run_block(
-    graphdef: nnx.GraphDef, state: nnx.State, x: Any, kv: KV, cos_sin, ctx: Context, visited: int | None, following: Following | None
-) -> tuple[Any, KV]:
+def run_block(graphdef: nnx.GraphDef, state: nnx.State, x: Any, kv: KV, cos_sin, ctx: Context, visited: int | None) -> tuple[Any, KV]:
     """A jit within the step's jit: layers that differ only in their arrays are traced and lowered once, and called L times."""
     block = nnx.merge(graphdef, state)
-    if following is not None:
-        return block.chained(x, kv, cos_sin, cast(ProductContext, ctx), following)
     return block(x, kv, cos_sin, ctx, visited) if ctx.linears is None else block.fused(x, kv, cos_sin, cast(ProductContext, ctx))
 
 
@@ -248,23 +212,12 @@ class Decoder(nnx.Module):
             x_ND += self.positions[...][positions_N + self.c.position_offset]
         turns = {rope: rotation(positions_N, rope) for layer in self.c.layers if (rope := layer.rope) is not None}
         kept = list(cache) if cache is not None else [None] * len(self.blocks)
-        run = ctx.linears
-        x: Any = x_ND if run is None else Stream(x_ND)
-        if chained := isinstance(run, Chained):
-            norm, qkv_FD = self.blocks[0].before()
-            x = run.begin(x, norm, qkv_FD)
+        x: Any = x_ND if ctx.linears is None else Stream(x_ND)
         for i, (block, layer) in enumerate(zip(self.blocks, self.c.layers, strict=True)):
             graphdef, state = nnx.split(block)
             cos_sin = None if layer.rope is None else turns[layer.rope]
-            visited, following = i if ctx.visits(i, kept[i]) else None, self._following(i) if chained else None
-            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, visited, following)
-        return self.norm(x) if run is None else run.finish(x[0] if chained else x, self.norm.rms()), kept
-
-    def _following(self, i: int) -> Following:
-        if i + 1 == len(self.blocks):
-            return Following(self.norm.weight[...], None)
-        norm, qkv_FD = self.blocks[i + 1].before()
-        return Following(norm.weight_D, qkv_FD)
+            x, kept[i] = run_block(graphdef, state, x, kept[i], cos_sin, ctx, i if ctx.visits(i, kept[i]) else None)
+        return self.norm(x) if ctx.linears is None else ctx.linears.finish(x, self.norm.rms()), kept
 
     @property
     def usual(self) -> bool:

@@ -164,7 +164,7 @@ def _linears(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, buck
     """How this step's layers multiply. Plainly on several devices, where sums over them come between a product and what follows it."""
     if mesh.size > 1 or implementation == "reference" or plan.page_dtype != plan.dtype or not decoder.usual:
         return None
-    return linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, decoder.blocks[0].products)
+    return linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype)
 
 
 def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:

@@ -4,7 +4,6 @@ Such a step is bound by the bytes of its weights and by the number of its kernel
 reads the same in both; `linears_for` says which one a step takes, if any, and there is no third place where that is decided.
 
 - `OneRow`: a norm is part of the product it feeds, and a residual of the product that it is added to.
-- `Chained` (Hopper, large layers): the same, but all from attention's output to the next layer's QKV is one kernel.
 - `ManyRows` (Hopper): products leave parts; whoever reads a product sums them, which for the residual stream is also the next norm. A
   product that XLA's kernels are better at is theirs, and leaves one part.
 
@@ -12,7 +11,7 @@ N rows, D model, F features of a product, P parts.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -21,7 +20,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import matmul_chain, matmul_one_row, matmul_sm90
+from pallas_kernels import matmul_one_row, matmul_sm90
 from pallas_kernels.blocks import file_name
 from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul_join import join
@@ -75,7 +74,7 @@ class OneRow:
         if not whole or weight_FD.size > SMALL:
             return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
         kept = dict(heads=options["heads"], bias_F=options.get("bias_F"), cos_sin=cos_sin, interpret=self.interpret)
-        kept |= dict(tile=one_row_tile(self.kind, product_of(weight_FD, False)), norm_D=norm.weight_D, eps=norm.eps, offset=norm.offset)
+        kept |= dict(tile=one_row_tile(self.kind, _product(weight_FD, False)), norm_D=norm.weight_D, eps=norm.eps, offset=norm.offset)
         return matmul_one_row.project(h_ND, weight_FD, k_pages, v_pages, slot_N, **kept)
 
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
@@ -95,34 +94,8 @@ class OneRow:
         return self._linear(h_ND, weight_FD, norm_D=norm.weight_D, eps=norm.eps, offset=norm.offset, **options)
 
     def _linear(self, x_ND: Array, weight_FD: Array, **options: Any) -> Array:
-        tile = one_row_tile(self.kind, product_of(weight_FD, "act" in options))
+        tile = one_row_tile(self.kind, _product(weight_FD, "act" in options))
         return matmul_one_row.linear(x_ND, weight_FD, tile=tile, interpret=self.interpret, **options)
-
-
-@dataclass(frozen=True)
-class Chained(OneRow):
-    """Layers overlap: each begins with its QKV, which the one before it made. blocks: multiprocessors, all of them there at once."""
-
-    blocks: int = 1
-
-    def begin(self, stream: Stream, norm: Norm, qkv_FD: Array) -> tuple[Stream, Array]:
-        """What the first layer begins with."""
-        stream, normed = self.norm(stream, norm)
-        return stream, self.product(normed, qkv_FD)
-
-    def heads(
-        self, normed: Any, weight_FD: Array, k_pages: Array, v_pages: Array, slot_N: Array, **options: Any
-    ) -> tuple[Array, Array, Array]:
-        """`normed`: the product itself, made already."""
-        return turn_and_write(k_pages, v_pages, normed, slot_N, **options)
-
-    def rest(
-        self, stream: Stream, x_NF: Array, rest: matmul_chain.Rest, mlp_norm: Norm, act: Callable[[Array], Array]
-    ) -> tuple[Stream, Array | None]:
-        """All that follows a layer's attention: (the stream, the next layer's QKV if there is one). The norms differ in weights only."""
-        options: dict[str, Any] = dict(act=act, eps=mlp_norm.eps, offset=mlp_norm.offset, blocks=self.blocks, interpret=self.interpret)
-        h_ND, qkv_NF = matmul_chain.rest_of_layer(x_NF, stream.h_ND, rest, **options)
-        return Stream(h_ND), None if qkv_NF is None else qkv_NF[None]
 
 
 @dataclass(frozen=True)
@@ -161,37 +134,29 @@ class ManyRows:
         return self.norm(stream, norm)[1]
 
     def _tile(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90.Tile | None:
-        return many_rows_tile(self.kind, len(x_ND), product_of(weight_FD, gated), trial=self.trial)
+        return many_rows_tile(self.kind, len(x_ND), _product(weight_FD, gated), trial=self.trial)
 
 
 Linears = OneRow | ManyRows
 MOST = 1024  # rows: beyond them are prompts, whose products are so long that nothing around them matters
 SMALL = 2**22  # weights of a QKV that is turned in its product's kernel: 0.5B's step is 3.6% shorter so, the 8B's 2% longer (H200)
-LARGE = 256 * 2**20  # bytes of a layer's weights: one kernel is 4% faster for 416 MiB, and slower for 147 (H200)
 
 
-def linears_for(device: Any, rows: int, dtype: Any, layer: Iterable[Product] = ()) -> Linears | None:
-    """How a step of `rows` rows on one device runs its layers; None: by plain products, and XLA does the rest. layer: one's products."""
+def linears_for(device: Any, rows: int, dtype: Any) -> Linears | None:
+    """How a step of `rows` rows on one device runs its layers; None: by plain products, and XLA does the rest."""
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     if capability is None or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return None
     if rows == 1 and float(capability) >= 8:
-        chained = capability == "9.0" and _chains([*layer], jnp.dtype(dtype).itemsize)
-        return Chained(device.device_kind, blocks=device.core_count) if chained else OneRow(device.device_kind)
+        return OneRow(device.device_kind)
     return ManyRows(device.device_kind) if capability == "9.0" and rows <= MOST else None
-
-
-def _chains(layer: Sequence[Product], itemsize: int) -> bool:
-    size = sum((1 + product.gated) * product.features * product.inputs for product in layer) * itemsize
-    return size >= LARGE and all(map(matmul_chain.fits, layer))
 
 
 def _plain(x_ND: Array, weight_FD: Array) -> Array:
     return jnp.einsum("nd,fd->nf", x_ND, weight_FD)
 
 
-def product_of(weight_FD: Array, gated: bool) -> Product:
-    """The product whose weight this is."""
+def _product(weight_FD: Array, gated: bool) -> Product:
     return Product(weight_FD.shape[0] // (2 if gated else 1), weight_FD.shape[1], gated)
 
 

@@ -3,11 +3,10 @@
     JAX_PLATFORMS=cpu python tests/aot_compile.py h200 JOB...
 
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
-a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a model's chain of them ("chain:llama-3.1-8b"), a
-whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row
-("row:portable"), of large layers ("chained:portable"), one that is repeated ("again:portable"), and two planted mistakes:
-"kept:portable", a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`:
-what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
+a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a whole step with an implementation, a dtype of
+pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row ("row:portable"), one that is repeated
+("again:portable"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a kernel with
+too many numbers for its registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
 """
 
 import json
@@ -18,7 +17,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 from unittest.mock import patch
 
 import jax
@@ -40,7 +39,6 @@ from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step
 from pallas_kernels import blocks, matmul_sm90
 from pallas_kernels.matmul import Product, many_rows_tile
-from pallas_kernels.matmul_chain import Rest, rest_of_layer
 from pallas_kernels.shapes import CORRECT
 
 TARGETS = Path(__file__).parent / "targets"
@@ -64,9 +62,9 @@ class Target:
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), tempfile.TemporaryDirectory() as folder:
             checks = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder}
             compiled = jax.jit(f, compiler_options=checks | (options or {}), **jit).trace(*shaped).lower().compile()
-            thunks = sorted(Path(folder).glob("*thunk_sequence*.txt"))[
-                -1
-            ]  # after all passes; of a lone kernel there is only the one before
+            *_, thunks = sorted(
+                Path(folder).glob("*thunk_sequence*.txt")
+            )  # after all passes; of a lone kernel there is only the one before
             return compiled, thunks.read_text()
 
 
@@ -102,11 +100,10 @@ class AbstractWeights:
 
 
 def step(
-    target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True, rows: int = 64, steps: int = 1,
-    shape: str = "qwen2.5-0.5b",
-) -> dict[str, Any]:  # fmt: skip
-    """A whole step, as the engine runs it: two layers of the shape."""
-    model = read_config(SHAPES[shape] | {"num_hidden_layers": 2, "vocab_size": 1024})
+    target: Target, implementation: str, kv_dtype: str | None = None, chunk: int = 0, donate: bool = True, rows: int = 64, steps: int = 1
+) -> dict[str, Any]:
+    """A whole step, as the engine runs it: two layers of Qwen2.5-0.5B's shape."""
+    model = read_config(SHAPES["qwen2.5-0.5b"] | {"num_hidden_layers": 2, "vocab_size": 1024})
     here = Mesh(np.array(jax.devices()[:1]), ("tp",))
     weights: Any = AbstractWeights(tensor_shapes(model), here)
     decoder = Decoder(weights, model)
@@ -149,16 +146,6 @@ def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -
     return {"thunks": target.compile(run, x, weight)[1]}
 
 
-def chain(target: Target, name: str) -> dict[str, Any]:
-    """The rest of a model's layer as one kernel."""
-    c, row = SHAPES[name], cast(Any, partial(Shape, dtype=jnp.bfloat16))
-    model, hidden, size = c["hidden_size"], c["intermediate_size"], c["hidden_size"] // c["num_attention_heads"]
-    qkv = (c["num_attention_heads"] + 2 * c["num_key_value_heads"]) * size
-    rest = Rest(*map(row, ((model,), (model,), (model, model), (2 * hidden, model), (model, hidden), (qkv, model))))
-    run = partial(rest_of_layer, act=jax.nn.silu, eps=1e-6, offset=0.0, blocks=132)
-    return {"thunks": target.compile(run, row((1, model)), row((1, model)), rest)[1]}
-
-
 def spill(target: Target) -> dict[str, Any]:
     """A tile of far too many lines for its one warp."""
     with patch.object(blocks, "default_prefill", lambda head_dim, dtype: blocks.Prefill(128, 64, 1, 2)):
@@ -172,15 +159,11 @@ def job(target: Target, name: str) -> dict[str, Any]:
             return spill(target)
         if kind == "kept":
             return step(target, rest, donate=False)
-        if kind == "chain":
-            return chain(target, rest)
         if kind == "linear":
             rows, features, inputs, *gated = rest.split(":")
             return linear(target, int(rows), int(features), int(inputs), bool(gated))
         if kind == "row":
             return step(target, rest, rows=1)
-        if kind == "chained":
-            return step(target, rest, rows=1, shape="llama-3.1-8b")
         if kind == "again":
             return step(target, rest, steps=4)
         if kind == "step":
