@@ -375,7 +375,7 @@ GROUPS = ("decode", "prefill", "write", "sweep")
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(prog="python -m bench.kernels", description="Times the attention kernels on the GPU at hand.")
-    p.add_argument("--only", choices=GROUPS, action="append", help="a group to run; all of them without it")
+    p.add_argument("--only", choices=GROUPS, action="append", help="a group to run; without it, all of them, or those of --case")
     p.add_argument(
         "--case", choices=[*DECODE, *PREFILL], action="append", help="a case of decode or prefill to run or tune; all without it"
     )
@@ -396,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         tuning = Path(blocks.__file__).parent / "tuning"
         print(tune(device.device_kind, args.repeats, _tuned(args.case), tuning))
         return
-    bench, only = Bench(args), args.only or GROUPS
+    bench, only = Bench(args), args.only or (GROUPS[:2] if args.case else GROUPS)
     cases = {"decode": _asked(DECODE, args.case), "prefill": _asked(PREFILL, args.case), "sweep": dict(_named(sweep()))}
     for group in only:
         if group == "write":

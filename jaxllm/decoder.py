@@ -50,10 +50,8 @@ class Context(Protocol):
 class ProductContext(Context, Protocol):
     """A context that has `linears`."""
 
-    def attend_product(
-        self, qkv_PNF: jax.Array, attn: "Attention", kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None
-    ) -> tuple[jax.Array, KV]:
-        """`attend` to what one product of `attn` left: parts to be summed, neither biased nor normed nor turned."""
+    def attend_product(self, normed: Any, attn: "Attention", kv: KV, cos_sin: tuple[jax.Array, jax.Array] | None) -> tuple[jax.Array, KV]:
+        """`attend` to the product of `attn` with `normed`, which is what `linears.norm` gave."""
         ...
 
 
@@ -157,7 +155,7 @@ class Block(nnx.Module):
         run, attn, mlp = ctx.linears, self.attn, self.mlp
         assert run is not None and isinstance(mlp, MLP) and self.attn_in is not None and self.mlp_in is not None
         x, normed = run.norm(x, self.attn_in.rms())
-        o_NQH, kv = ctx.attend_product(run.product(normed, attn.qkv.weight[...]), attn, kv, cos_sin)
+        o_NQH, kv = ctx.attend_product(normed, attn, kv, cos_sin)
         x = run.add(x, o_NQH.reshape(len(o_NQH), -1), attn.o.weight[...])
         x, normed = run.norm(x, self.mlp_in.rms())
         hidden_NF = run.gated(normed, mlp.inputs.weight[...], ACTIVATIONS[mlp.act])

@@ -24,7 +24,7 @@ from jaxllm.patch import Patch, Patching
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
 from jaxllm.scheduler import Sequence
-from pallas_kernels import Linears, Rows, Work, linears_for, paged_attention, plan_work, turn_and_write, write_kv
+from pallas_kernels import Linears, Rows, Work, linears_for, paged_attention, plan_work, write_kv
 
 
 @jax.tree_util.register_dataclass
@@ -51,16 +51,18 @@ class PagedContext:
             run = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(heads, (pages, pages)), check_vma=False)
         return run(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
 
-    def attend_product(self, qkv_PNF: Array, attn: Attention, kv, cos_sin: tuple[Array, Array] | None):
-        k_pages, v_pages = kv
+    def attend_product(self, normed: Any, attn: Attention, kv, cos_sin: tuple[Array, Array] | None):
+        (k_pages, v_pages), weight_FD = kv, attn.qkv.weight[...]
         work, bias, norms = self.works[str(attn.window)], attn.qkv.bias, (attn.q_norm, attn.k_norm)
         unit = norms[0].rms() if norms[0] is not None else None
-        q_NQH, k_pages, v_pages = turn_and_write(
+        assert self.linears is not None
+        q_NQH, k_pages, v_pages = self.linears.heads(
+            normed,
+            weight_FD,
             k_pages,
             v_pages,
-            qkv_PNF,
             self.kv_slot_N,
-            heads=qkv_PNF.shape[2] // attn.head_dim - 2 * k_pages.shape[1],
+            heads=len(weight_FD) // attn.head_dim - 2 * k_pages.shape[1],
             bias_F=None if bias is None else bias[...],
             cos_sin=cos_sin,
             q_norm_H=None if norms[0] is None else norms[0].weight[...],

@@ -22,6 +22,7 @@ from jax import Array
 
 from pallas_kernels import matmul_one_row, matmul_sm90
 from pallas_kernels.blocks import file_name
+from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul_join import join
 
 
@@ -63,6 +64,19 @@ class OneRow:
         """[P, N, F], to be summed over P."""
         return self._normed(normed, weight_FD)[None]
 
+    def heads(
+        self, normed: Any, weight_FD: Array, k_pages: Array, v_pages: Array, slot_N: Array, **options: Any
+    ) -> tuple[Array, Array, Array]:
+        """(q [N, Q, H], and the pages with K and V): `turn_and_write`, with its options, of a product."""
+        h_ND, norm = normed
+        cos_sin, plain = options.get("cos_sin"), options.get("q_norm_H") is None and options.get("k_norm_H") is None
+        whole = plain and cos_sin is not None and 2 * cos_sin[0].shape[-1] == k_pages.shape[-1] and k_pages.dtype == h_ND.dtype
+        if not whole or weight_FD.size > SMALL:
+            return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
+        kept = dict(heads=options["heads"], bias_F=options.get("bias_F"), cos_sin=cos_sin, interpret=self.interpret)
+        kept |= dict(tile=one_row_tile(self.kind, _product(weight_FD, False)), norm_D=norm.weight_D, eps=norm.eps, offset=norm.offset)
+        return matmul_one_row.project(h_ND, weight_FD, k_pages, v_pages, slot_N, **kept)
+
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
         """[N, F / 2]: the products with the second half of the weights, times `act` of those with the first."""
         return self._normed(normed, weight_FD, act=act)
@@ -101,6 +115,11 @@ class ManyRows:
             return _plain(normed, weight_FD)[None]
         return matmul_sm90.linear(normed, weight_FD, tile=tile, interpret=self.interpret)
 
+    def heads(
+        self, normed: Any, weight_FD: Array, k_pages: Array, v_pages: Array, slot_N: Array, **options: Any
+    ) -> tuple[Array, Array, Array]:
+        return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
+
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
         if (tile := self._tile(normed, weight_FD, gated=True)) is None:
             gate_NF, up_NF = jnp.split(_plain(normed, weight_FD), 2, axis=1)
@@ -120,6 +139,7 @@ class ManyRows:
 
 Linears = OneRow | ManyRows
 MOST = 1024  # rows: beyond them are prompts, whose products are so long that nothing around them matters
+SMALL = 2**22  # weights of a QKV that is turned in its product's kernel: 0.5B's step is 3.6% shorter so, the 8B's 2% longer (H200)
 
 
 def linears_for(device: Any, rows: int, dtype: Any) -> Linears | None:

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 LINES = 64  # of wgmma
-SHARED = 220 * 1024  # bytes of a multiprocessor's shared memory that its blocks may take together
+SHARED = 226 * 1024  # bytes of a multiprocessor's shared memory that its blocks may take together
 TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 ROWS = (2, 4, 8, 16, 32, 64, 128, 256)  # what a kernel is made for
 
@@ -28,7 +28,7 @@ ROWS = (2, 4, 8, 16, 32, 64, 128, 256)  # what a kernel is made for
 class Tile:
     """A block's part of the work. parts: the inputs are split in so many. cluster: blocks that share their copies of x."""
 
-    features: int
+    features: int  # the last block may have fewer
     inputs: int
     parts: int = 1
     cluster: int = 1
@@ -65,12 +65,12 @@ def linear(
         out_type=jax.ShapeDtypeStruct((tile.parts, rows, features), dtype),
         scratch_types=dict(
             x_s=plgpu.SMEM((depth, padded, tile.inputs), x_ND.dtype, transforms=TILED),
-            w_s=plgpu.SMEM((depth, halves, tile.features, tile.inputs), x_ND.dtype, transforms=TILED),
-            o_s=plgpu.SMEM((groups, LINES, tile.features), dtype),
+            w_s=plgpu.SMEM((depth, halves * tile.features, tile.inputs), x_ND.dtype, transforms=TILED),
+            o_s=plgpu.SMEM((groups, LINES, width(tile)), dtype),
             here=plgpu.Barrier(num_arrivals=1 + halves, num_barriers=depth),
             free=free,
         ),
-        grid=(features // tile.features // tile.cluster, tile.parts),
+        grid=(pl.cdiv(features, tile.features * tile.cluster), tile.parts),
         grid_names=("tile", "part"),
         num_threads=groups + 1,
         thread_name="warpgroup",
@@ -80,10 +80,15 @@ def linear(
     )(x_ND, weight_FD)
 
 
+def width(tile: Tile) -> int:
+    """Features that are copied out at a time: parts, of four bytes a number, would take room that the ring needs."""
+    return LINES if tile.parts > 1 and tile.features % LINES == 0 else tile.features
+
+
 def stages(rows: int, inputs: int, tile: Tile, *, halves: int, itemsize: int) -> int:
     """How many turns' copies the shared memory holds at a time."""
     padded = max(LINES, rows)
-    kept = (1 if padded == LINES else 2) * LINES * tile.features * (itemsize if tile.parts == 1 else 4)
+    kept = (1 if padded == LINES else 2) * LINES * width(tile) * (itemsize if tile.parts == 1 else 4)
     turn = (padded + halves * tile.features) * tile.inputs * itemsize
     return min(inputs // (tile.inputs * tile.parts), (SHARED // tile.blocks - kept - 1024) // turn)
 
@@ -113,12 +118,16 @@ def _kernel(options, x, w, o, **scratch):
 
     @pl.when(group == options.groups)
     def _():
+        if options.lines > 1:
+            plgpu.set_max_registers(40, action="decrease")
         lax.fori_loop(0, options.turns, partial(_fetch, options, refs, feature), ())
         # Every completion must be awaited: a barrier ends even.
         lax.fori_loop(options.turns - options.stages, options.turns, partial(_await_free, options, refs), ())
 
     @pl.when(group < options.groups)
     def _():
+        if options.lines > 1:  # two runs of rows in registers: more of them than three warpgroups would get
+            plgpu.set_max_registers(232, action="increase")
         _multiply(options, refs, feature, group)
         plgpu.wait_smem_to_gmem(0)
 
@@ -136,11 +145,15 @@ def _fetch(options, refs, feature, turn, _):
     def _():
         _await_free(options, refs, turn, ())
 
-    size = options.tile.inputs
-    inputs = pl.ds((lax.axis_index("part") * options.turns + turn) * size, size)
-    for half in range(options.halves):
-        features = pl.ds(half * options.features + feature, options.tile.features)
-        plgpu.copy_gmem_to_smem(refs.w.at[features, inputs], refs.w_s.at[stage, half], refs.here.at[stage])
+    inputs = pl.ds((lax.axis_index("part") * options.turns + turn) * options.tile.inputs, options.tile.inputs)
+    size, ragged = options.tile.features, options.features % (options.tile.features * options.tile.cluster)
+    for half in range(options.halves):  # past the last feature, zeros or the other half's: their products are not stored
+        plgpu.copy_gmem_to_smem(
+            refs.w.at[pl.ds(half * options.features + feature, size), inputs],
+            refs.w_s.at[stage, pl.ds(half * size, size)],
+            refs.here.at[stage],
+            oob_mode=plgpu.OOBFillMode.ZEROS if ragged else None,
+        )
     copied = max(8, options.rows)  # fewer rows are filled up with zeros; what lies below eight and more is whatever was there
     source = refs.x.at[:, inputs] if copied == options.rows else refs.x.at[pl.ds(0, copied), inputs]
     plgpu.copy_gmem_to_smem(
@@ -155,38 +168,36 @@ def _fetch(options, refs, feature, turn, _):
 
 def _multiply(options, refs, feature, group):
     """All turns of one warpgroup's rows, and their copy out."""
-    shape = (LINES, options.tile.features)
+    features = options.tile.features
     first = group * options.lines * LINES
     products = pl.run_scoped(
         partial(_turns, options, refs, first),
-        *[plgpu.ACC(shape, jnp.float32) for _ in range(options.lines * options.halves)],  # pyright: ignore[reportPrivateImportUsage]
+        *[plgpu.ACC((LINES, options.halves * features), jnp.float32) for _ in range(options.lines)],  # pyright: ignore[reportPrivateImportUsage]
     )
-    out_s = refs.o_s.at[group]
-    for line in range(options.lines):
-        out = products[line * options.halves]
+    out_s, wide, count = refs.o_s.at[group], width(options.tile), min(LINES, options.rows)
+    for line, out in enumerate(products):
         if options.act is not None:  # rounded between, as the plain layers round
             dtype = refs.x.dtype
-            gate, up = (product.astype(dtype).astype(jnp.float32) for product in products[2 * line : 2 * line + 2])
+            gate, up = (half.astype(dtype).astype(jnp.float32) for half in (out[:, :features], out[:, features:]))
             out = options.act(gate).astype(dtype).astype(jnp.float32) * up
-        if line:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        out_s[...] = out.astype(refs.o.dtype)
-        plgpu.commit_smem()
-        count = min(LINES, options.rows)
-        target = refs.o.at[lax.axis_index("part"), pl.ds(first + line * LINES, count), pl.ds(feature, options.tile.features)]
-        plgpu.copy_smem_to_gmem(out_s.at[pl.ds(0, count)], target)
+        for begin in range(0, features, wide):
+            if line or begin:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_s[...] = out[:, begin : begin + wide].astype(refs.o.dtype)
+            plgpu.commit_smem()
+            target = refs.o.at[lax.axis_index("part"), pl.ds(first + line * LINES, count), pl.ds(feature + begin, wide)]
+            plgpu.copy_smem_to_gmem(out_s.at[pl.ds(0, count)], target)
 
 
 def _turns(options, refs, first, *accumulators):
-    """The products of this warpgroup's runs of 64 rows, for each half of the weights."""
+    """The products of this warpgroup's runs of 64 rows with the weights, both halves beside each other."""
 
     def turn(i, _):
         stage = lax.rem(i, jnp.int32(options.stages))
         plgpu.barrier_wait(refs.here.at[stage])
         for line in range(options.lines):
             rows = refs.x_s.at[stage, pl.ds(first + line * LINES, LINES)]
-            for half in range(options.halves):
-                plgpu.wgmma(accumulators[line * options.halves + half], rows, refs.w_s.at[stage, half].T)
+            plgpu.wgmma(accumulators[line], rows, refs.w_s.at[stage].T)
         plgpu.wgmma_wait(len(accumulators))  # the products of the turn before
 
         @pl.when(i > 0)

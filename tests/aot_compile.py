@@ -3,10 +3,10 @@
     JAX_PLATFORMS=cpu python tests/aot_compile.py h200 JOB...
 
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
-a whole step with an implementation, a dtype of pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one that is
-repeated ("again:portable"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a
-kernel with too many numbers for its registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if
-there are any.
+a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a whole step with an implementation, a dtype of
+pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row ("row:portable"), one that is repeated
+("again:portable"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a kernel with
+too many numbers for its registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
 """
 
 import json
@@ -37,7 +37,8 @@ from jaxllm.plan import Bucket, Plan
 from jaxllm.programs import REPEATED
 from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step
-from pallas_kernels import blocks
+from pallas_kernels import blocks, matmul_sm90
+from pallas_kernels.matmul import Product, many_rows_tile
 from pallas_kernels.shapes import CORRECT
 
 TARGETS = Path(__file__).parent / "targets"
@@ -61,7 +62,9 @@ class Target:
         with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), tempfile.TemporaryDirectory() as folder:
             checks = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder}
             compiled = jax.jit(f, compiler_options=checks | (options or {}), **jit).trace(*shaped).lower().compile()
-            (thunks,) = Path(folder).glob("*thunk_sequence_after_thunk_passes.txt")
+            *_, thunks = sorted(
+                Path(folder).glob("*thunk_sequence*.txt")
+            )  # after all passes; of a lone kernel there is only the one before
             return compiled, thunks.read_text()
 
 
@@ -134,6 +137,15 @@ def step(
     }
 
 
+def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -> dict[str, Any]:
+    """One product, by the tile that the device's table has for it."""
+    tile = many_rows_tile(target.kind, rows, Product(features, inputs, gated), trial=True)
+    assert tile is not None
+    run = partial(matmul_sm90.linear, tile=tile, act=jax.nn.silu if gated else None)
+    x, weight = Shape((rows, inputs), jnp.bfloat16), Shape((features * (1 + gated), inputs), jnp.bfloat16)
+    return {"thunks": target.compile(run, x, weight)[1]}
+
+
 def spill(target: Target) -> dict[str, Any]:
     """A tile of far too many lines for its one warp."""
     with patch.object(blocks, "default_prefill", lambda head_dim, dtype: blocks.Prefill(128, 64, 1, 2)):
@@ -147,6 +159,9 @@ def job(target: Target, name: str) -> dict[str, Any]:
             return spill(target)
         if kind == "kept":
             return step(target, rest, donate=False)
+        if kind == "linear":
+            rows, features, inputs, *gated = rest.split(":")
+            return linear(target, int(rows), int(features), int(inputs), bool(gated))
         if kind == "row":
             return step(target, rest, rows=1)
         if kind == "again":
