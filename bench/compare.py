@@ -30,11 +30,19 @@ NAMES = {
     "kernel_prefill_TFs": ("prefill attention kernel", True),
     "kernel_write_kv_us": ("KV write kernel", False),
     "load_GBps": ("loading weights", True),
+    "api_tok_s": ("HTTP: tokens made up", True),
+    "streamed_step_ms": ("decode step, streamed", False),
+    "unstreamed_step_ms": ("decode step, not streamed", False),
+    "streams_cost": ("what streams cost a step", False),
+    "structured_free_ms": ("decode step of a free row", False),
+    "structured_form_ms": ("decode step of a row with a form", False),
+    "structured_loss": ("what forms cost a free row", False),
     "gpu_busy": ("GPU busy", True),
     "kernels_per_layer": ("kernels a layer", False),
 }
 # What was measured, in the order it is told. A dtype or tp that everybody has goes unsaid.
 _WHERE = ("batch", "heads", "kv_heads", "head_dim", "page", "clients", "rate", "context", "input", "output", "lengths", "workload")
+_WHERE += ("load_format", "api_servers", "forms")
 _WORDS = {
     "clients": "{} clients",
     "batch": "batch {}",
@@ -44,6 +52,7 @@ _WORDS = {
     "rate": "{} requests/s",
 }
 _WORDS |= {"heads": "{} heads", "kv_heads": "{} KV heads", "head_dim": "of {}", "page": "page {}", "lengths": "{}", "workload": "{}"}
+_WORDS |= {"load_format": "{} weights", "api_servers": "{} API processes", "forms": "{} rows with forms"}
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
