@@ -7,6 +7,7 @@ of the tool dialogues, one arithmetic question in ten), and sampling takes the m
 """
 
 import argparse
+import asyncio
 import json
 import re
 import sys
@@ -21,6 +22,9 @@ from data import read
 from prepare import CHAT, TOKEN
 
 from jaxllm import LLM, SamplingParams
+from serving.parsers.table import choose
+from serving.reading import reading
+from serving.tools import chat_tools
 
 HERE = Path(__file__).parent
 GREEDY = SamplingParams(temperature=0.0, max_tokens=256)
@@ -102,18 +106,33 @@ def due_calls(data: Path, count: int) -> list[tuple[list[dict], list[dict], dict
     return Random(0).sample(places, count)
 
 
-def ask_all(llm: LLM, chats: list[tuple[list[dict], list[dict] | None]], params: SamplingParams) -> list[str]:
+def ask_all(llm: LLM, chats: list[tuple[list[dict], list[dict] | None]], strict: bool = False) -> list[str]:
+    """Greedy answers. strict: calls are held to their schemas, as `jaxllm serve` does for tools with `"strict": true`."""
     assert llm.tokenizer is not None
     prompts = [llm.tokenizer.chat(messages, tools=tools) for messages, tools in chats]
     kept = [p[-(llm.engine.max_model_len - 256) :] for p in prompts]  # the longest dialogues lose their beginning
+    params = [_held(llm, tools, prompt) if strict else GREEDY for prompt, (_, tools) in zip(prompts, chats, strict=True)]
     return [o.outputs[0].text for o in llm.generate(kept, params, use_tqdm=False)]
 
 
-def tool_calls(llm: LLM, data: Path, count: int) -> dict[str, float]:
-    places = due_calls(data, count)
-    answers = ask_all(llm, [(messages, tools) for messages, tools, _ in places], GREEDY)
-    judged = [judge_call(a, tools, due) for a, (_, tools, due) in zip(answers, places, strict=True)]
-    return {name: sum(j[name] for j in judged) / count for name in judged[0]}
+def _held(llm: LLM, tools: list[dict] | None, prompt: list[int]) -> SamplingParams:
+    assert llm.tokenizer is not None
+    offered = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in tools or []]
+    parsers = choose("auto", "auto", llm.tokenizer.chat_templates)
+    read = asyncio.run(reading(llm.tokenizer, parsers, chat_tools(offered, "auto", None), prompt))
+    assert read is not None
+    return replace(GREEDY, **read.params)
+
+
+def tool_calls(llm: LLM, data: Path, count: int) -> dict[str, list[float]]:
+    """Shares of due calls: as the model makes them, and with strict tools."""
+    places, found = due_calls(data, count), {}
+    for strict in (False, True):
+        answers = ask_all(llm, [(messages, tools) for messages, tools, _ in places], strict)
+        judged = [judge_call(a, tools, due) for a, (_, tools, due) in zip(answers, places, strict=True)]
+        for name in judged[0]:
+            found.setdefault(name, []).append(sum(j[name] for j in judged) / count)
+    return found
 
 
 def exact_answers(llm: LLM, count: int) -> dict[str, float]:
@@ -128,10 +147,10 @@ def exact_answers(llm: LLM, count: int) -> dict[str, float]:
     found = {}
     for name, make in makers.items():
         asked = [make(Random(10**6 + i)) for i in range(count)]
-        answers = ask_all(llm, [(m[:1], None) for m in asked], GREEDY)
+        answers = ask_all(llm, [(m[:1], None) for m in asked])
         found[name] = sum(a.strip() == m[1]["content"] for a, m in zip(answers, asked, strict=True)) / count
     asked = [chores.as_json(Random(10**6 + i)) for i in range(count)]
-    answers = ask_all(llm, [(m[:1], None) for m in asked], GREEDY)
+    answers = ask_all(llm, [(m[:1], None) for m in asked])
     found["JSON: parses"] = sum(map(_is_json, answers)) / count
     determined = [(a, m) for a, m in zip(answers, asked, strict=True) if _determined(m)]
     found["JSON: exactly what was said"] = sum(a == m[1]["content"] for a, m in determined) / len(determined)
@@ -180,8 +199,9 @@ def report(args: argparse.Namespace, llm: LLM) -> str:
     lines += ["| source | tokens | nats a token | perplexity |", "|---|---|---|---|"]
     for name, (nats, count) in loss_of(llm, args.prepared, args.documents).items():
         lines.append(f"| {name} | {count:,} | {nats:.3f} | {np.exp(nats):.2f} |")
-    lines += ["", f"## Tool calls: {args.dialogues} places of the test split where one is due, greedy", "", "| | share |", "|---|---|"]
-    lines += [f"| {name} | {share:.1%} |" for name, share in tool_calls(llm, args.data, args.dialogues).items()]
+    lines += ["", f"## Tool calls: {args.dialogues} places of the test split where one is due, greedy", ""]
+    lines += ['| | share | of tools with `"strict": true` |', "|---|---|---|"]
+    lines += [f"| {name} | {free:.1%} | {strict:.1%} |" for name, (free, strict) in tool_calls(llm, args.data, args.dialogues).items()]
     lines += ["", f"## Answers with one right form: {args.questions} of each, greedy", "", "| | share |", "|---|---|"]
     lines += [f"| {name} | {share:.1%} |" for name, share in exact_answers(llm, args.questions).items()]
     lines += ["", "## Twenty prompts", "", "With the sampling of generation_config.json and seed 0, all of them, as they came.", ""]
