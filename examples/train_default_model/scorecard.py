@@ -24,7 +24,7 @@ from prepare import CHAT, TOKEN
 from jaxllm import LLM, SamplingParams
 from serving.parsers.table import choose
 from serving.reading import reading
-from serving.tools import chat_tools
+from serving.tools import Tools, chat_tools
 
 HERE = Path(__file__).parent
 GREEDY = SamplingParams(temperature=0.0, max_tokens=256)
@@ -107,21 +107,33 @@ def due_calls(data: Path, count: int) -> list[tuple[list[dict], list[dict], dict
 
 
 def ask_all(llm: LLM, chats: list[tuple[list[dict], list[dict] | None]], strict: bool = False) -> list[str]:
-    """Greedy answers. strict: calls are held to their schemas, as `jaxllm serve` does for tools with `"strict": true`."""
+    """Greedy answers. strict: what `jaxllm serve` makes of the same tools with `"strict": true`, which calls are held to."""
     assert llm.tokenizer is not None
-    prompts = [llm.tokenizer.chat(messages, tools=tools) for messages, tools in chats]
-    kept = [p[-(llm.engine.max_model_len - 256) :] for p in prompts]  # the longest dialogues lose their beginning
-    params = [_held(llm, tools, prompt) if strict else GREEDY for prompt, (_, tools) in zip(prompts, chats, strict=True)]
-    return [o.outputs[0].text for o in llm.generate(kept, params, use_tqdm=False)]
+    prompts, params = [], []
+    for messages, tools in chats:
+        asked = chat_tools([_strict(function) for function in _by_name(tools or [])], "auto", None) if strict else None
+        prompt = llm.tokenizer.chat(messages, tools=asked.template["tools"] if asked else tools)
+        prompts.append(prompt[-(llm.engine.max_model_len - 256) :])  # the longest dialogues lose their beginning
+        params.append(replace(GREEDY, **_held(llm.tokenizer, asked, prompts[-1])) if asked else GREEDY)
+    return [o.outputs[0].text for o in llm.generate(prompts, params, use_tqdm=False)]
 
 
-def _held(llm: LLM, tools: list[dict] | None, prompt: list[int]) -> SamplingParams:
-    assert llm.tokenizer is not None
-    offered = [{"type": "function", "function": tool["function"] | {"strict": True}} for tool in tools or []]
-    parsers = choose("auto", "auto", llm.tokenizer.chat_templates)
-    read = asyncio.run(reading(llm.tokenizer, parsers, chat_tools(offered, "auto", None), prompt))
+def _held(tokenizer: Any, tools: Tools, prompt: list[int]) -> dict[str, Any]:
+    read = asyncio.run(reading(tokenizer, choose("auto", "auto", tokenizer.chat_templates), tools, prompt))
     assert read is not None
-    return replace(GREEDY, **read.params)
+    return read.params
+
+
+def _by_name(tools: list[dict]) -> list[dict]:
+    """The functions; of two of a name, the one that a call is judged by."""
+    return [*{tool["function"]["name"]: tool["function"] for tool in tools}.values()]
+
+
+def _strict(function: dict) -> dict:
+    """A strict tool: without parameters of other names, as OpenAI wants it, and in alphabetical order, in which the model learned them."""
+    parameters = function["parameters"]
+    parameters = parameters | {"properties": dict(sorted(parameters["properties"].items())), "additionalProperties": False}
+    return {"type": "function", "function": function | {"strict": True, "parameters": parameters}}
 
 
 def tool_calls(llm: LLM, data: Path, count: int) -> dict[str, list[float]]:
