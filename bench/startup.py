@@ -29,16 +29,18 @@ from bench import record, workloads
 from bench.checkpoints import WRITTEN, written
 
 PHASE = re.compile(r"\b(?:INFO )?([a-z][\w ]*?) {2,}(\d+\.\d+) s$")
+WARNING = re.compile(r"^\S+ (WARNING|ERROR) ")
 CACHES = ("XDG_CACHE_HOME", "CUDA_CACHE_PATH", "TRITON_CACHE_DIR")
 POLL_S = 0.01
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start: seconds to the first 200 of /health, and what the server said its phases took."""
+    """One start: seconds to the first 200 of /health, what the server said its phases took, and what it warned of."""
 
     seconds: float
     phases: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
 def phases(lines: list[str]) -> dict[str, float]:
@@ -78,7 +80,7 @@ def start(command: list[str], caches: Path, timeout: float) -> Start:
         server.wait()
         listener.join(5)
         server.stderr.close()
-    return Start(seconds, phases(said))
+    return Start(seconds, phases(said), tuple(line.rstrip() for line in said if WARNING.search(line)))
 
 
 def _healthy(port: int) -> bool:
@@ -108,7 +110,8 @@ def _medians(starts: list[Start]) -> dict[str, float]:
     return found | {"everything else": total - sum(found.values()), "process start to /health": total}
 
 
-def rows(cold: list[Start], warm: list[Start], common: dict[str, Any], device: str) -> list[record.Row]:
+def rows(cold: list[Start], warm: list[Start], common: dict[str, Any], device: str, size: int = 0) -> list[record.Row]:
+    """size: bytes of weights that were read; 0 if none were. How fast is known of starts that compile nothing meanwhile."""
     made = []
     for name, starts in (("start_cold_s", cold), ("start_warm_s", warm)):
         if starts:
@@ -116,7 +119,15 @@ def rows(cold: list[Start], warm: list[Start], common: dict[str, Any], device: s
             row = {"name": name, "value": record.rounded(seconds), "unit": "s"} | common
             anchor = workloads.vllm_figure(device, row)
             made.append(row if anchor is None else row | {"anchor": anchor})
+    if size and (took := _medians(warm).get("weights")):
+        made.append({"name": "load_GBps", "value": record.rounded(size / took / 1e9), "unit": "GB/s"} | common)
     return made
+
+
+def weight_bytes(folder: Path) -> int:
+    """Bytes of the files that hold the weights of a model folder."""
+    files = [path for pattern in ("*.safetensors", "orbax/**/*") for path in folder.glob(pattern)]
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def parser() -> argparse.ArgumentParser:
@@ -136,11 +147,12 @@ def parser() -> argparse.ArgumentParser:
 
 
 @contextlib.contextmanager
-def serve_command(args: argparse.Namespace) -> Iterator[list[str]]:
-    """`jaxllm serve` with what was asked. A shape's name is a folder while the block runs."""
+def serve_command(args: argparse.Namespace) -> Iterator[tuple[list[str], int]]:
+    """`jaxllm serve` with what was asked, and the bytes of weights it reads. A shape's name is a folder while the block runs."""
     flags = ["--load-format", args.load_format, "--dtype", args.dtype, "-tp", str(args.tensor_parallel_size), *args.args.split()]
     with model(args) as folder:
-        yield [sys.executable, "-m", "serving.cli", "serve", *([folder] if folder else []), *flags]
+        size = weight_bytes(Path(folder)) if folder and args.load_format != "dummy" else 0
+        yield [sys.executable, "-m", "serving.cli", "serve", *([folder] if folder else []), *flags], size
 
 
 @contextlib.contextmanager
@@ -156,6 +168,10 @@ def model(args: argparse.Namespace) -> Iterator[str | None]:
             yield folder
 
 
+def tell(how: str, number: int, done: Start) -> None:
+    print("\n".join([f"{how}, start {number + 1}: {done.seconds:.2f} s", *done.warnings]), flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
@@ -165,20 +181,20 @@ def main(argv: list[str] | None = None) -> None:
     cold: list[Start] = []
     warm: list[Start] = []
     try:
-        with serve_command(args) as serve, contextlib.ExitStack() as folders:
+        with serve_command(args) as (serve, size), contextlib.ExitStack() as folders:
             caches = Path(folders.enter_context(tempfile.TemporaryDirectory()))
             for number in range(args.cold):
                 caches = Path(folders.enter_context(tempfile.TemporaryDirectory()))
                 cold.append(start(serve, caches, args.timeout))
-                print(f"nothing cached, start {number + 1}: {cold[-1].seconds:.2f} s", flush=True)
+                tell("nothing cached", number, cold[-1])
             for number in range(args.warm):
                 warm.append(start(serve, caches, args.timeout))
-                print(f"cached, start {number + 1}: {warm[-1].seconds:.2f} s", flush=True)
+                tell("cached", number, warm[-1])
     except (RuntimeError, OSError) as error:
         raise SystemExit(f"jaxllm bench startup: {error}") from error
     print(table(cold, warm))
     common = {"model": name, "dtype": args.dtype, "tp": args.tensor_parallel_size, "load_format": args.load_format}
-    kept = rows(cold, warm, common | ({"dtype": "bfloat16"} if args.dtype == "auto" and name in workloads.SHAPES else {}), device)
+    kept = rows(cold, warm, common | ({"dtype": "bfloat16"} if args.dtype == "auto" and name in workloads.SHAPES else {}), device, size)
     for row in kept:
         print(record.describe(row))
     if not args.no_save:

@@ -75,7 +75,7 @@ def test_their_limits_on_known_hardware():
 SERVER = """
 import http.server, sys, time
 print("12:00:00 INFO weights                    0.25 s", file=sys.stderr)
-print("12:00:00 INFO compiling 5 shapes         1.50 s\\n12:00:00 INFO one other line", file=sys.stderr, flush=True)
+print("12:00:00 INFO compiling 5 shapes         1.50 s\\n12:00:00 INFO one other line\\n12:00:00 WARNING slow", file=sys.stderr, flush=True)
 if "--fail" in sys.argv:
     sys.exit("no such model")
 time.sleep(0.3)
@@ -91,6 +91,7 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[-1])), Health).serve_forever()
 def test_a_start_is_timed_to_the_first_health(tmp_path):
     found = startup.start([sys.executable, "-c", SERVER], tmp_path, 30)
     assert 0.3 < found.seconds < 10 and found.phases == {"weights": 0.25, "compiling 5 shapes": 1.5}
+    assert found.warnings == ("12:00:00 WARNING slow",)
     with pytest.raises(RuntimeError, match=r"(?s)not healthy after \d+ s.*no such model"):
         startup.start([sys.executable, "-c", SERVER, "--fail"], tmp_path, 30)
 
@@ -102,12 +103,13 @@ def test_starts_are_told_by_phase_and_kept_by_median(monkeypatch, tmp_path, caps
     def start(command, caches, timeout):
         folders.append(caches)
         assert command[1:5] == ["-m", "serving.cli", "serve", command[4]] and command[-2:] == ["--max-model-len", "64"]
-        return startup.Start(next(seconds), {"weights": 2.0})
+        return startup.Start(next(seconds), {"weights": 2.0}, ("12:00:00 WARNING slow",))
 
     monkeypatch.setattr(startup, "start", start)
     flags = ["--model", "qwen2.5-0.5b", "--load-format", "dummy", "--args=--max-model-len 64", "--results", str(tmp_path)]
     startup.main(flags)
     lines = capsys.readouterr().out.splitlines()
+    assert lines.count("12:00:00 WARNING slow") == 4 and "cached, start 3: 6.00 s" in lines
     assert "weights                               2.00 s          2.00 s" in lines
     assert "everything else                      28.00 s          4.00 s" in lines
     assert len(set(folders)) == 1 and not folders[0].exists(), "cached starts use what the first left, and it is removed"
@@ -132,6 +134,16 @@ def test_a_cold_start_of_a_known_model_stands_beside_vllms():
     common = {"model": "llama-3.1-8b", "dtype": "bfloat16", "tp": 1}
     [row] = startup.rows([startup.Start(20.0)], [], common, "NVIDIA H200")
     assert row == {"name": "start_cold_s", "value": 20.0, "unit": "s", "anchor": 100} | common
+
+
+def test_loading_is_timed_where_nothing_is_compiled_meanwhile(tmp_path):
+    (tmp_path / "orbax" / "d").mkdir(parents=True)
+    for name, size in (("a.safetensors", 3000), ("orbax/d/0", 5000), ("config.json", 70)):
+        (tmp_path / name).write_bytes(bytes(size))
+    size, common = startup.weight_bytes(tmp_path), {"model": "made up"}
+    cold, warm = startup.Start(20.0, {"weights": 9.0}), startup.Start(9.0, {"weights": 4e-6})
+    assert startup.rows([cold], [warm], common, "cpu", size)[2:] == [{"name": "load_GBps", "value": 2.0, "unit": "GB/s"} | common]
+    assert [len(startup.rows(*starts, common, "cpu", size)) for starts in (([cold], []), ([], [startup.Start(1.0)]))] == [1, 1]
 
 
 # ---------------------------------------------------------------------- profile
