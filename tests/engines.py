@@ -96,7 +96,7 @@ class Gather:
 
     @property
     def reason(self):
-        return self.outputs[-1].outputs[0].finish_reason
+        return self.outputs[-1].outputs[-1].finish_reason
 
 
 def answer(engine: Core, *requests: Request) -> list[Gather]:

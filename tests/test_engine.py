@@ -159,8 +159,25 @@ def test_stop_ids_and_length():
     first = free.tokens().index(stop)
     (gather,) = answer(core("qwen3"), greedy("x", [5, 6, 7], 12, ignore_eos=True, stop_token_ids=[stop]))
     assert gather.tokens() == free.tokens()[: first + 1]
-    assert (gather.reason, gather.outputs[-1].outputs[0].stop_reason) == ("stop", stop)
+    assert (gather.reason, gather.outputs[-1].outputs[-1].stop_reason) == ("stop", stop)
     assert free.reason == "length"
+
+
+@pytest.mark.parametrize("end", ["length", "stop"])
+def test_a_stream_is_told_of_each_token_and_of_a_dispatchs_tokens_at_once(end):
+    """Three a dispatch; the ninth is in the middle of one, and ends it where it is a stop token."""
+    params = SamplingParams(temperature=1.5, seed=2, max_tokens=12, ignore_eos=True)
+    (free,) = answer(core("qwen3"), Request("x", (5, 6, 7), params))
+    assert (stop := free.tokens()[8]) not in free.tokens()[:8]
+    engine = core("qwen3")
+    (gather,) = answer(engine, Request("x", (5, 6, 7), params.with_defaults(stop_token_ids=[stop] if end == "stop" else [])))
+    told = [len(output.outputs) for output in gather.outputs]
+    assert told == ([1, 3, 3, 3, 1, 1] if end == "length" else [1, 3, 3, 2])
+    completions = [completion for output in gather.outputs for completion in output.outputs]
+    assert all(len(completion.token_ids) == 1 for completion in completions)
+    assert [completion.finish_reason for completion in completions] == [None] * (sum(told) - 1) + [end]
+    stats = engine.stats()
+    assert stats.generation_tokens == sum(told) and sum(stats.histograms["inter_token_latency_seconds"].counts) == sum(told) - 1
 
 
 def test_an_answer_that_is_not_streamed_comes_once_and_whole():
