@@ -168,7 +168,8 @@ def test_a_stream_is_told_of_each_token_and_of_a_dispatchs_tokens_at_once(end):
     """Three a dispatch; the ninth is in the middle of one, and ends it where it is a stop token."""
     params = SamplingParams(temperature=1.5, seed=2, max_tokens=12, ignore_eos=True)
     (free,) = answer(core("qwen3"), Request("x", (5, 6, 7), params))
-    assert (stop := free.tokens()[8]) not in free.tokens()[:8]
+    stop = free.tokens()[8]
+    assert stop not in free.tokens()[:8]
     engine = core("qwen3")
     (gather,) = answer(engine, Request("x", (5, 6, 7), params.with_defaults(stop_token_ids=[stop] if end == "stop" else [])))
     told = [len(output.outputs) for output in gather.outputs]
