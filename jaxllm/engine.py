@@ -115,7 +115,10 @@ class Engine:
         self._send(lambda: self._add(request, sink))
 
     async def generate(self, request: Request) -> AsyncIterator[Output]:
-        """The request's outputs as they come, each holding only what is new. Leaving the loop early aborts the request."""
+        """The request's outputs as they come, each holding only what is new: a completion for each token that a row drew in one dispatch.
+
+        Leaving the loop early aborts the request.
+        """
         loop, outputs = asyncio.get_running_loop(), asyncio.Queue()
         self.submit(request, lambda item: self._outbox.setdefault(loop, []).append((outputs, item)))
         finished = False

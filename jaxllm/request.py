@@ -207,7 +207,7 @@ _POSITIVE = (("top_p", 0.0), ("repetition_penalty", 0.0))
 class Request:
     """One prompt to continue. `id` is the caller's; it must be unique among the running ones.
 
-    stream: an Output for every token; otherwise each continuation comes once, whole, when it ends.
+    stream: a Completion for every token, those of one dispatch in one Output; otherwise each continuation comes once, whole, when it ends.
     patch: what this request brings for the engine's Patch, by name; what it leaves out is as the patch has it.
     embed: no text is wanted but Output.embedding, and `params` count for nothing.
     priority: the smallest is served first, under --scheduling-policy priority. cache_salt: prompts share cached pages only with
@@ -241,7 +241,7 @@ TokenLogprobs = tuple[Logprob, ...]
 
 # A stream has one of each of these a token: a frozen dataclass takes 1.5 µs to make, a struct 0.1.
 class Completion(msgspec.Struct, frozen=True, array_like=True):
-    """One continuation. While it streams, `text`, `token_ids` and `logprobs` hold only what is new.
+    """One continuation. While it streams, `text`, `token_ids` and `logprobs` hold only what is new, one token at most.
 
     finish_reason: stop (an end or stop token, or a stop string), length, abort, error; None while it runs.
     stop_reason: the stop string or stop token id that ended it; None for the model's own end token, or a form that is complete; after an
