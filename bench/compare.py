@@ -41,8 +41,10 @@ NAMES = {
     "kernels_per_layer": ("kernels a layer", False),
 }
 # What was measured, in the order it is told. A dtype or tp that everybody has goes unsaid.
-_WHERE = ("batch", "heads", "kv_heads", "head_dim", "page", "clients", "rate", "context", "input", "output", "lengths", "workload")
-_WHERE += ("load_format", "api_servers", "forms")
+_WHERE = (
+    *("batch", "heads", "kv_heads", "head_dim", "page", "clients", "rate", "context", "input", "output", "lengths", "workload"),
+    *("load_format", "api_servers", "forms"),
+)
 _WORDS = {
     "clients": "{} clients",
     "batch": "batch {}",

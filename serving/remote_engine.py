@@ -123,7 +123,7 @@ class _Box:
 
 def _output(request: Request, pieces: list[wire.Piece]) -> Output:
     """Pieces that follow each other, as one output."""
-    completions = pieces[0].completions if len(pieces) == 1 else tuple([each for piece in pieces for each in piece.completions])
+    completions = tuple([completion for piece in pieces for completion in piece.completions])
     prompt_logprobs = next((piece.prompt_logprobs for piece in pieces if piece.prompt_logprobs is not None), None)
     last = pieces[-1]
     ids = request.prompt_token_ids
