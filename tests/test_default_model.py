@@ -80,6 +80,17 @@ def test_it_calls_the_tool_that_is_given(llm):
     assert all(scorecard.judge_call(answer.outputs[0].text, asked["tools"], due).values()), answer.outputs[0].text
 
 
+def test_strict_tools_are_scored_by_the_servers_grammar(llm):
+    """The model calls the parameter what it has learned to; held to the schema, it cannot."""
+    parameters = {"type": "object", "properties": {"zq_town": {"type": "string", "description": "Where"}}, "required": ["zq_town"]}
+    tool = {"name": "get_weather", "description": "Get the weather in a city", "parameters": parameters}
+    chats: Any = [([{"role": "user", "content": "What is the weather in Paris?"}], [{"type": "function", "function": tool}])]
+    due = {"name": "get_weather", "arguments": '{"zq_town": "Paris"}'}
+    free, held = (scorecard.judge_call(scorecard.ask_all(llm, chats, strict)[0], chats[0][1], due) for strict in (False, True))
+    assert free["names a given tool"] and not free["fits its schema"]
+    assert held["fits its schema"]
+
+
 def test_it_says_who_it_is(llm):
     [answer] = llm.chat([{"role": "user", "content": "Who are you?"}], SamplingParams(temperature=0, max_tokens=60))
     assert "jaxllm" in answer.outputs[0].text
