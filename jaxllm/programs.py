@@ -30,13 +30,12 @@ from jaxllm.plan import Bucket, Plan
 ADMITTED = 16  # sequences whose row state one dispatch brings to the device
 # XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing.
 OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
-# Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200).
+# Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200). Where one
+# row has a next token, XLA would do without Triton's kernel for its head by writing the head's weights out in float32: 2 GB, the 8B's.
 LARGE = {"xla_gpu_enable_triton_gemm": False}
-# A step that is repeated stays one CUDA graph: with the usual kinds and its loop (WHILE), the device counts the turns, and the host none.
-REPEATED = {
-    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE",
-    "xla_gpu_graph_min_graph_size": 1,  # of which the loop is one
-}
+# What XLA may put into a CUDA graph: its usual kinds, and the loop of a repeated step, whose turns the device then counts, the host none.
+GRAPH = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
+REPEATED = {"xla_gpu_enable_command_buffer": GRAPH, "xla_gpu_graph_min_graph_size": 1}  # of which the loop is one
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,13 @@ class RowState:
         return cls(**made)
 
 
+def step_options(bucket: Bucket, plan: Plan) -> dict[str, Any]:
+    """XLA's options for a step, beside those for everything."""
+    if bucket.chunk:
+        return LARGE if bucket.rows > 1 else {}
+    return REPEATED if plan.decode_steps > 1 else {}
+
+
 def programs(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, patch: Patch | None = None) -> list[Program]:
     """All that a runner of `decoder`, of arrays or of what stands for them, wants compiled: the slowest to lower and to compile first."""
     return _Programs(decoder, plan, mesh, implementation, patch).all()
@@ -125,7 +131,7 @@ class _Programs:
         state = rows.last_S, rows.table_SP, rows.floats_SF, rows.ints_SI
         args = (self.params, cache, *state, inbox, ports, self.patch_shapes())
         out = jax.tree.map(lambda a: a.sharding, cache), *[self.everywhere] * 4
-        options = LARGE if bucket.chunk else REPEATED if self.plan.decode_steps > 1 else {}
+        options = step_options(bucket, self.plan)
         precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
         run = precision(partial(self.run_step, bucket))
         return [

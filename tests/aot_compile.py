@@ -5,8 +5,9 @@
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
 a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a whole step with an implementation, a dtype of
 pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row ("row:portable"), one that is repeated
-("again:portable"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a kernel with
-too many numbers for its registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
+("again:portable"), a step of the 8B's shape by its devices, rows and chunk lanes ("8b:2:64:0"), and two planted mistakes: "kept:portable", a
+step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`: what Mosaic's assembler
+says of registers and spills; XLA's is told to fail if there are any.
 """
 
 import json
@@ -33,8 +34,10 @@ from converters.checkpoint import read_config, tensor_shapes
 from jaxllm.batch import packed_size
 from jaxllm.cache import cache_shapes
 from jaxllm.decoder import Decoder
+from jaxllm.lowering import Recipe
+from jaxllm.parallel import make_mesh
 from jaxllm.plan import Bucket, Plan
-from jaxllm.programs import REPEATED
+from jaxllm.programs import OPTIONS, step_options
 from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step
 from pallas_kernels import blocks, matmul_sm90
@@ -49,23 +52,29 @@ class Target:
     """A described device: what is traced under `compile` is compiled for it."""
 
     def __init__(self, name: str):
-        text = (TARGETS / f"{name}.txtpb").read_text()
-        self.kind = re.search(r'name: "(.+)"', text)[1]  # pyright: ignore[reportOptionalSubscript]
-        described = topologies.get_topology_desc(platform="cuda", target_config=text, topology="1x1x1")
-        self.mesh = topologies.make_mesh(topo=described, mesh_shape=(1,), axis_names=("tp",))
+        self.text = (TARGETS / f"{name}.txtpb").read_text()
+        self.kind = re.search(r'name: "(.+)"', self.text)[1]  # pyright: ignore[reportOptionalSubscript]
+        self.mesh = topologies.make_mesh(topo=self.described(1), mesh_shape=(1,), axis_names=("tp",))
+
+    def described(self, devices: int):
+        """So many of them, in one machine."""
+        return topologies.get_topology_desc(platform="cuda", target_config=self.text, topology=f"1x1x{devices}")
 
     def compile(self, f: Callable, *args: Any, options: dict[str, Any] | None = None, **jit: Any):
         """The executable of `f` for `args`, and the text of its thunks: what is launched, with its shared memory."""
         here = NamedSharding(self.mesh, PartitionSpec())
         shaped = jax.tree.map(lambda a: Shape(a.shape, a.dtype, sharding=here), args)
         device = AbstractDevice(device_kind=self.kind, num_cores=None, platform="gpu")  # what Pallas-Triton asks for as it lowers
-        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)), tempfile.TemporaryDirectory() as folder:
-            checks = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder}
-            compiled = jax.jit(f, compiler_options=checks | (options or {}), **jit).trace(*shaped).lower().compile()
-            *_, thunks = sorted(
-                Path(folder).glob("*thunk_sequence*.txt")
-            )  # after all passes; of a lone kernel there is only the one before
-            return compiled, thunks.read_text()
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+            return dumped(lambda checks: jax.jit(f, compiler_options=checks | (options or {}), **jit).trace(*shaped).lower().compile())
+
+
+def dumped(compile: Callable[[dict[str, Any]], Any]) -> tuple[Any, str]:
+    """What `compile` makes with the options it is given, and the text of its thunks."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = compile({"xla_gpu_fail_ptx_compilation_on_register_spilling": True, "xla_dump_to": folder})
+        *_, thunks = sorted(Path(folder).glob("*thunk_sequence*.txt"))  # after all passes; of a lone kernel there is only the one before
+        return made, thunks.read_text()
 
 
 def case(target: Target, name: str, implementation: str) -> dict[str, Any]:
@@ -121,7 +130,7 @@ def step(
     ports = Ports.shapes(bucket.rows, model, plan)
     sampling = Shape((65, FLOATS), dtype=jnp.float32), ints((65, INTS))
     args = tuple(leaves), cache, ints((65,)), ints((65, plan.max_pages)), *sampling, ints((packed_size(bucket),)), ports
-    options = REPEATED if steps > 1 else {}
+    options = step_options(bucket, plan)
     compiled, thunks = target.compile(run, *args, options=options, donate_argnums=(1, 2, 3, 7) if donate else (), keep_unused=True)
     memory: Any = compiled.memory_analysis()
     pages = cache[0][0]
@@ -135,6 +144,18 @@ def step(
         "cache": 2 * len(cache) * page_bytes,
         "makers": sorted(set(makers)),
     }
+
+
+def of_8b(target: Target, devices: int, rows: int, chunk: int) -> dict[str, Any]:
+    """A step as the engine compiles it: two layers of the 8B's shape, over so many devices."""
+    model = read_config(SHAPES["llama-3.1-8b"] | {"num_hidden_layers": 2}).for_context(1024)
+    bucket, mesh = Bucket(chunk, rows), make_mesh(target.described(devices).devices)
+    plan = Plan("bfloat16", 1024, 64, 2048, rows, (bucket,), Bucket(256, 1, True), False, 20, devices)
+    with jax.default_device(mesh.devices.item(0)):  # which kernels ask for
+        [program] = [p for p in Recipe(model, plan, mesh, "sm90").programs() if (p.kind, p.key) == ("step", bucket)]
+        compiled, thunks = dumped(lambda checks: program.lower(OPTIONS | checks).compile())
+    gathered = re.findall(r"(\w+\[[\d,]*\])(?:\{[\d,]*\})?\)? all-gather(?:-start)?\(", str(compiled.as_text()))
+    return {"thunks": thunks, "temp": compiled.memory_analysis().temp_size_in_bytes, "gathered": gathered}
 
 
 def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -> dict[str, Any]:
@@ -166,6 +187,8 @@ def job(target: Target, name: str) -> dict[str, Any]:
             return step(target, rest, rows=1)
         if kind == "again":
             return step(target, rest, steps=4)
+        if kind == "8b":
+            return of_8b(target, *map(int, rest.split(":")))
         if kind == "step":
             implementation, kv_dtype, chunk = (*rest.split(":"), "", "")[:3]
             return step(target, implementation, kv_dtype or None, int(chunk or 0))

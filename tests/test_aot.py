@@ -33,6 +33,7 @@ JOBS = {
         *("sm90:prefill_group_1", "sm90:prefill_group_3"),
         *("linear:8:14336:4096:gated", "linear:64:4096:14336", "linear:256:14336:4096:gated", "linear:256:2560:2048"),
         *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "again:portable", "kept:portable", "spill"),
+        "8b:1:1:448",
     ],
     "b200": ["portable:mixed"],
 }
@@ -131,6 +132,11 @@ def test_a_step_never_copies_its_cache(target, job):
     assert set(found["makers"]) <= {"parameter", "get-tuple-element", "bitcast"}
     assert found["aliased"] >= found["cache"]
     assert found["temp"] < found["pages"] * 2
+
+
+def test_one_row_s_head_is_not_written_out_in_float32():
+    """As XLA would without Triton, for the next token of a prompt alone: two gigabytes of the 8B's."""
+    assert result("h200", "8b:1:1:448")["temp"] < 2**28
 
 
 def test_a_cache_that_is_copied_is_caught():
