@@ -3,7 +3,7 @@
 Weights are cold: each call reads another copy, and all of them together are more than the second-level cache holds. A time is the median
 of a kernel's runs as JAX's profiler saw them, and beside it stands what reading the weights must take. Before it is timed, whatever is
 ours is compared with float64. `--tune` tries tiles for steps of one row and writes the fastest into the package's `tuning/linear/` folder;
-for more rows the tile in that folder is timed beside XLA's own product, and marked as compared.
+for more rows the tile in that folder is timed beside XLA's own product, and marked as compared. Of several devices one's part is timed.
 """
 
 import argparse
@@ -45,16 +45,18 @@ CANDIDATES = [
 ]  # fmt: skip
 
 
-def products(model: str) -> dict[str, Product]:
-    """The four products of a layer: QKV, o, gate and up, down."""
+def products(model: str, devices: int = 1) -> dict[str, Product]:
+    """A device's part of the four products of a layer: QKV, o, gate and up, down. Raises SystemExit if the devices do not divide it."""
     shape = Shape.of(SHAPES[model])
     assert shape is not None
-    heads = shape.heads * shape.head_dim
+    if shape.kv_heads % devices or shape.intermediate % devices:
+        raise SystemExit(f"{devices} devices do not divide {model}: {shape.kv_heads} KV heads, {shape.intermediate} MLP features")
+    heads, hidden = shape.heads * shape.head_dim // devices, shape.intermediate // devices
     return {
-        "qkv": Product(heads + 2 * shape.kv_heads * shape.head_dim, shape.hidden),
+        "qkv": Product(heads + 2 * shape.kv_heads * shape.head_dim // devices, shape.hidden),
         "o": Product(shape.hidden, heads),
-        "gate_up": Product(shape.intermediate, shape.hidden, True),
-        "down": Product(shape.hidden, shape.intermediate),
+        "gate_up": Product(hidden, shape.hidden, True),
+        "down": Product(shape.hidden, hidden),
     }
 
 
@@ -159,12 +161,14 @@ def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
     return tuned(product, 1, tiles[order[0]], times[order[0]])
 
 
-def compare(kind: str, model: str, name: str, product: Product, rows: int) -> tuple[list[record.Row], dict[str, Any] | None]:
-    """What is in use for so many rows, and XLA's product, as rows; and the tuning file's row, if that is one of it."""
+def compare(
+    kind: str, model: str, name: str, product: Product, rows: int, devices: int = 1
+) -> tuple[list[record.Row], dict[str, Any] | None]:
+    """What is in use for so many rows on each of the devices, and XLA's product, as rows; the tuning file's row, if that is one of it."""
     call, floor = Call.draw(product, name, rows), record.rounded(1e6 * Call.bytes(product) / MACHINES[kind].read)
-    common = {"model": model, "product": name, "batch": rows, "dtype": "bfloat16", "tp": 1, "limit": floor}
+    common = {"model": model, "product": name, "batch": rows, "dtype": "bfloat16", "tp": devices, "limit": floor}
     runs = {"xla": compiled(call, lambda x, weight, around: jnp.einsum("nd,fd->nf", x, weight))}
-    tile = many_rows_tile(kind, rows, product, trial=True) if rows > 1 else one_row_tile(kind, product)
+    tile = one_row_tile(kind, product) if (rows, devices) == (1, 1) else many_rows_tile(kind, rows, product, trial=True)
     if tile is not None:
         runs["ours"] = compiled(call, partial(_ours, tile, call.act))
         made = np.asarray(runs["ours"](call.x, call.weights[0], call.around), np.float64)
@@ -209,8 +213,9 @@ def write(kind: str, rows: list[dict[str, Any]], folder: Path) -> Path:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.linears", description=(__doc__ or "").partition("\n")[0])
-    made.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
+    made.add_argument("--model", nargs="+", choices=list(SHAPES), default=list(MODELS), help=f"default: {' '.join(MODELS)}")
     made.add_argument("--rows", nargs="*", type=int, default=[1, 8, 64, 256], help="rows of the steps that are timed")
+    made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="time one device's part among so many (default: 1)")
     made.add_argument("--tune", action="store_true", help="first find the tiles of steps of one row, and write them into the package")
     made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
     return made
@@ -224,6 +229,8 @@ def main(argv: list[str] | None = None) -> None:
             f"this times kernels of an NVIDIA GPU whose limits are known ({', '.join(MACHINES)}), and here is {device.device_kind}"
         )
     kind, folder = device.device_kind, Path(pallas_kernels.__file__).parent / "tuning" / "linear"
+    if args.tune and args.tensor_parallel_size > 1:
+        raise SystemExit("--tune finds tiles for steps of one row, which several devices leave to XLA; leave out --tensor-parallel-size")
     if args.tune:
         found = [tune(kind, name, product) for model in args.model for name, product in products(model).items()]
         print(f"written: {write(kind, found, folder)}; the next process takes them")
@@ -231,7 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     command = record.command("python -m bench.linears", argv, args.results)
     for model in args.model:
         for count in args.rows:
-            made = [compare(kind, model, name, product, count) for name, product in products(model).items()]
+            each = products(model, args.tensor_parallel_size)
+            made = [compare(kind, model, name, product, count, args.tensor_parallel_size) for name, product in each.items()]
             record.save("linears", kind, command, [row for rows, _ in made for row in rows], args.results)
             write(kind, [row for _, row in made if row is not None], folder)
 

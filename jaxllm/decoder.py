@@ -16,6 +16,7 @@ from converters.model_config import Layer, ModelConfig
 from jaxllm import parallel
 from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
 from jaxllm.patch import Patching
+from jaxllm.sharded import ShardedLinears
 from pallas_kernels import Linears, Stream
 
 GATES = ("silu", "gelu_tanh")  # activations that the compilers of the fused kernels know
@@ -27,7 +28,7 @@ class Context(Protocol):
     """How a step's tokens see each other and the past. A pytree."""
 
     @property
-    def linears(self) -> Linears | None:
+    def linears(self) -> Linears | ShardedLinears | None:
         """How the products of a decode step run. None: as plain products, and so for a decoder that is not `usual`, and where a layer is
         visited."""
         ...

@@ -19,12 +19,13 @@ from jaxllm import sample
 from jaxllm.batch import repeats, repetition, unpack
 from jaxllm.cache import PAGE_AXES, Cache
 from jaxllm.decoder import Attention, Decoder
-from jaxllm.parallel import spec
+from jaxllm.parallel import sharding, spec
 from jaxllm.patch import Patch, Patching
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
 from jaxllm.scheduler import Sequence
-from pallas_kernels import Linears, Rows, Work, linears_for, paged_attention, plan_work, write_kv
+from jaxllm.sharded import ShardedLinears
+from pallas_kernels import Linears, ManyRows, Rows, Work, linears_for, paged_attention, plan_work, write_kv
 
 
 @jax.tree_util.register_dataclass
@@ -36,7 +37,7 @@ class PagedContext:
     kv_slot_N: Array
     works: dict[str, Work]  # by window
     mesh: Mesh = field(metadata={"static": True})
-    linears: Linears | None = field(metadata={"static": True})
+    linears: Linears | ShardedLinears | None = field(metadata={"static": True})
     patching: Patching | None = None
 
     def attend(self, q_NQH: Array, k_NKH: Array, v_NKH: Array, kv, *, scale: float, window: int | None, softcap: float | None):
@@ -52,28 +53,39 @@ class PagedContext:
         return run(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
 
     def attend_product(self, normed: Any, attn: Attention, kv, cos_sin: tuple[Array, Array] | None):
-        (k_pages, v_pages), weight_FD = kv, attn.qkv.weight[...]
-        work, bias, norms = self.works[str(attn.window)], attn.qkv.bias, (attn.q_norm, attn.k_norm)
-        unit = norms[0].rms() if norms[0] is not None else None
-        assert self.linears is not None
-        q_NQH, k_pages, v_pages = self.linears.heads(
-            normed,
-            weight_FD,
-            k_pages,
-            v_pages,
-            self.kv_slot_N,
-            heads=len(weight_FD) // attn.head_dim - 2 * k_pages.shape[1],
-            bias_F=None if bias is None else bias[...],
-            cos_sin=cos_sin,
-            q_norm_H=None if norms[0] is None else norms[0].weight[...],
-            k_norm_H=None if norms[1] is None else norms[1].weight[...],
-            eps=unit.eps if unit else 0.0,
-            offset=unit.offset if unit else 0.0,
-            implementation=work.implementation,
-            interpret=work.interpret,
-        )
-        options = dict(scale=attn.scale, window=attn.window, softcap=attn.softcap)
-        return paged_attention(q_NQH, k_pages, v_pages, self.rows, work, **options), (k_pages, v_pages)
+        norms = [None if norm is None else norm.rms() for norm in (attn.q_norm, attn.k_norm)]
+        linears = self.linears.each if isinstance(self.linears, ShardedLinears) else self.linears
+        assert linears is not None
+
+        def local(normed, weight_FD, bias_F, norms_H, cos_sin, k_pages, v_pages, slots, rows, work):
+            q_NQH, k_pages, v_pages = linears.heads(
+                normed,
+                weight_FD,
+                k_pages,
+                v_pages,
+                slots,
+                heads=len(weight_FD) // attn.head_dim - 2 * k_pages.shape[1],
+                bias_F=bias_F,
+                cos_sin=cos_sin,
+                q_norm_H=norms_H[0],
+                k_norm_H=norms_H[1],
+                eps=norms[0].eps if norms[0] else 0.0,
+                offset=norms[0].offset if norms[0] else 0.0,
+                implementation=work.implementation,
+                interpret=work.interpret,
+            )
+            options = dict(scale=attn.scale, window=attn.window, softcap=attn.softcap)
+            return paged_attention(q_NQH, k_pages, v_pages, rows, work, **options), (k_pages, v_pages)
+
+        run: Any = local
+        if self.mesh.size > 1:
+            features, pages, whole = spec(("heads",)), spec(PAGE_AXES), spec(())
+            given = (whole, spec(("heads", None)), features, whole, whole, pages, pages, whole, whole, whole)
+            out = spec((None, "heads", None)), (pages, pages)
+            run = jax.shard_map(local, mesh=self.mesh, in_specs=given, out_specs=out, check_vma=False)
+        bias, norms_H = attn.qkv.bias, [None if norm is None else norm.weight_D for norm in norms]
+        weights = attn.qkv.weight[...], None if bias is None else bias[...], norms_H
+        return run(normed, *weights, cos_sin, *kv, self.kv_slot_N, self.rows, self.works[str(attn.window)])
 
     def visits(self, layer: int, kv) -> bool:
         return self.patching is not None and self.patching.patch.visits(layer)
@@ -149,22 +161,31 @@ def _one_step(decoder, plan, mesh, implementation, bucket, floats_SF, ints_SI, p
     context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears, patching)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     hidden_MD = hidden_ND[batch.logit_lane_M]
-    logits_MV = decoder.logits(hidden_MD)
+    logits_MV = _logits(decoder, mesh, hidden_MD)
     head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
     sampling = sample.Sampling.unpack(floats_SF[batch.slot_M], ints_SI[batch.slot_M])
     tokens_M = _sample(mesh, implementation, logits_MV, sampling, head_3M)
     last_S = _remember(last_S, batch.slot_M, batch.samples_M, tokens_M)
     prompt = ()
     if bucket.scored:
-        prompt = sample.logprobs(decoder.logits(hidden_ND[bucket.rows :]), batch.target_T, plan.max_logprobs)
+        prompt = sample.logprobs(_logits(decoder, mesh, hidden_ND[bucket.rows :]), batch.target_T, plan.max_logprobs)
     return cache, last_S, table_SP, Ports(ports.tokens_RM.at[i].set(tokens_M), logits_MV, head_3M, hidden_MD), prompt
 
 
-def _linears(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket) -> Linears | None:
-    """How this step's layers multiply. Plainly on several devices, where sums over them come between a product and what follows it."""
-    if mesh.size > 1 or implementation == "reference" or plan.page_dtype != plan.dtype or not decoder.usual:
+def _logits(decoder: Decoder, mesh: Mesh, hidden_BD: Array) -> Array:
+    """Everywhere, but first each device's part: left to itself, XLA gathers the head's weights on every device, not the logits."""
+    logits_BV = decoder.logits(hidden_BD)
+    for axes in ((None, "vocab"), (None, None)) if mesh.size > 1 else ():
+        logits_BV = lax.with_sharding_constraint(logits_BV, sharding(mesh, axes, logits_BV.shape))
+    return logits_BV
+
+
+def _linears(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket) -> Linears | ShardedLinears | None:
+    """How this step's layers multiply."""
+    if implementation == "reference" or plan.page_dtype != plan.dtype or not decoder.usual:
         return None
-    return linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype)
+    each = linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, alone=mesh.size == 1)
+    return ShardedLinears(each, mesh) if mesh.size > 1 and isinstance(each, ManyRows) else each
 
 
 def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:

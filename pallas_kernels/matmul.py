@@ -142,12 +142,15 @@ MOST = 1024  # rows: beyond them are prompts, whose products are so long that no
 SMALL = 2**22  # weights of a QKV that is turned in its product's kernel: 0.5B's step is 3.6% shorter so, the 8B's 2% longer (H200)
 
 
-def linears_for(device: Any, rows: int, dtype: Any) -> Linears | None:
-    """How a step of `rows` rows on one device runs its layers; None: by plain products, and XLA does the rest."""
+def linears_for(device: Any, rows: int, dtype: Any, *, alone: bool = True) -> Linears | None:
+    """How a step of `rows` rows runs its layers on a device; None: by plain products, and XLA does the rest.
+
+    alone: it makes whole products, not parts of sums over several devices, to which no residual could be added.
+    """
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     if capability is None or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return None
-    if rows == 1 and float(capability) >= 8:
+    if rows == 1 and alone and float(capability) >= 8:
         return OneRow(device.device_kind)
     return ManyRows(device.device_kind) if capability == "9.0" and rows <= MOST else None
 

@@ -5,9 +5,9 @@
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
 a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a whole step with an implementation, a dtype of
 pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row ("row:portable"), one that is repeated
-("again:portable"), a step of the 8B's shape by its devices, rows and chunk lanes ("8b:2:64:0"), and two planted mistakes: "kept:portable", a
-step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`: what Mosaic's assembler
-says of registers and spills; XLA's is told to fail if there are any.
+("again:portable"), a step of the 8B's shape by its devices, rows and chunk lanes ("8b:2:64:0"), and two planted mistakes: "kept:portable",
+a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`: what Mosaic's
+assembler says of registers and spills; XLA's is told to fail if there are any.
 """
 
 import json

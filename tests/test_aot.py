@@ -33,7 +33,7 @@ JOBS = {
         *("sm90:prefill_group_1", "sm90:prefill_group_3"),
         *("linear:8:14336:4096:gated", "linear:64:4096:14336", "linear:256:14336:4096:gated", "linear:256:2560:2048"),
         *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "again:portable", "kept:portable", "spill"),
-        "8b:1:1:448",
+        *("8b:2:64:0", "8b:4:64:0", "8b:2:64:448", "8b:1:1:448"),
     ],
     "b200": ["portable:mixed"],
 }
@@ -41,6 +41,7 @@ KERNELS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job
 # Bytes stored and loaded once a tile, outside the loops over KV blocks: with a window there are three of them to keep numbers for.
 SPILLED = {"sm90:prefill_group_1": (52, 56)}
 STEPS = [(target, job) for target, jobs in JOBS.items() for job in jobs if job.startswith(("step", "row", "again"))]
+SHARDED = [("h200", job) for job in JOBS["h200"] if job.startswith(("8b:2", "8b:4"))]
 LAYER = {("a100", "row:portable"): 5, ("h200", "row:portable"): 5}  # kernels
 
 
@@ -144,7 +145,12 @@ def test_a_cache_that_is_copied_is_caught():
     assert "copy" in found["makers"] and found["aliased"] < found["cache"]
 
 
-@pytest.mark.parametrize(("target", "job"), STEPS)
+@pytest.mark.parametrize(("target", "job"), SHARDED)
+def test_devices_gather_logits_and_no_weights(target, job):
+    assert result(target, job)["gathered"] == ["f32[64,128256]"]
+
+
+@pytest.mark.parametrize(("target", "job"), [*STEPS, *(each for each in SHARDED if each[1].endswith(":0"))])
 def test_a_step_is_one_cuda_graph(target, job):
     thunks = result(target, job)["thunks"].splitlines()
     outside = [line for line in thunks if re.match(r"\d", line)]  # a loop's condition has a headline there too

@@ -21,6 +21,11 @@ def test_products_are_those_of_the_shapes():
         "qkv": Product(1152, 896), "o": Product(896, 896), "gate_up": Product(4864, 896, True), "down": Product(896, 4864)
     }  # fmt: skip
     assert linears.products("llama-3.1-8b")["qkv"] == Product(6144, 4096)
+    assert linears.products("llama-3-70b", 4) == {
+        "qkv": Product(2560, 8192), "o": Product(8192, 2048), "gate_up": Product(7168, 8192, True), "down": Product(8192, 7168)
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match=r"4 devices do not divide qwen2\.5-3b: 2 KV heads"):
+        linears.products("qwen2.5-3b", 4)
 
 
 @pytest.mark.parametrize("product", [p for model in linears.MODELS for p in linears.products(model).values()], ids=str)
