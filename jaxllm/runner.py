@@ -10,6 +10,7 @@ inbox. XLA then launches the step's CUDA graph as it is, where one new address m
 
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
-from jax.stages import Compiled
+from jax.stages import Compiled, Lowered
 
 from jaxllm import mask, scheduler
 from jaxllm import step as device
@@ -36,7 +37,7 @@ from jaxllm.parallel import sharding
 from jaxllm.params import abstract, place
 from jaxllm.patch import Patch
 from jaxllm.plan import GIB, Bucket, Plan
-from jaxllm.programs import ADMITTED, OPTIONS, RowState, programs
+from jaxllm.programs import ADMITTED, OPTIONS, Program, RowState, programs
 from jaxllm.request import ConfigError
 from jaxllm.scheduler import Step
 from jaxllm.weights import Given, Join, Params
@@ -58,6 +59,13 @@ class Drawn:
     logprobs: tuple[Array, ...] | None
     prompt: tuple[Array, ...] | None
     hidden_MD: Array | None
+
+
+def _compiled(program: Program, lowered: Lowered) -> Compiled:
+    start = time.monotonic()
+    made = lowered.compile()
+    log.debug("%s: compiled in %.1f s", program.name, time.monotonic() - start)
+    return made
 
 
 class Handle:
@@ -159,7 +167,7 @@ class Runner:
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
                 found = {} if kept is None else {n: got for n, got in zip(names, pool.map(kept.get, names), strict=True) if got is not None}
                 missing = [program for program in self._programs if program.name not in found]
-                made = {program.name: pool.submit(done.compile) for program, done in lowered(missing, options, recipe, helpers)}
+                made = {program.name: pool.submit(_compiled, program, done) for program, done in lowered(missing, options, recipe, helpers)}
         finally:
             stack_size(before)
         return found | {name: future.result() for name, future in made.items()}
