@@ -91,26 +91,33 @@ def repetition(packed: Array, bucket: Bucket, i: Array, turns: Array) -> Array:
     """
     slot_M, length_M, *_, given_M, samples_M, new_page_M = packed.reshape(_FIELDS, bucket.rows)
     turn_M = i - (turns - jnp.maximum(samples_M, 1))  # of the row's own
-    runs_M, first_M, none = turn_M >= 0, turn_M == 0, jnp.zeros_like(slot_M)
+    runs_M, none = turn_M >= 0, jnp.zeros_like(slot_M)
     length_M, samples_M = jnp.where(runs_M, length_M + turn_M, 0), jnp.where(runs_M, samples_M - turn_M, 0)
-    return jnp.concatenate([slot_M, length_M, none, none, jnp.where(first_M, given_M, -1), samples_M, jnp.where(first_M, new_page_M, 0)])
+    return jnp.concatenate([slot_M, length_M, none, none, jnp.where(turn_M == 0, given_M, -1), samples_M, new_page_M])
 
 
-def unpack(packed: Array, bucket: Bucket, page_size: int, last_S: Array, table_SP: Array) -> tuple[Batch, Array]:
-    """The batch, and the page tables with this step's new pages written in.
+def tables(packed: Array, bucket: Bucket, page_size: int, table_SP: Array) -> tuple[Array, Array]:
+    """The page tables with the packed step's new pages written in: of all slots, and [M, P] of its rows."""
+    slot_M, length_M, *_, samples_M, new_page_M = packed[: _FIELDS * bucket.rows].reshape(_FIELDS, bucket.rows)
+    last_M = jnp.maximum(length_M + jnp.maximum(samples_M, 1) - 2, 0)  # the last position that it runs
+    dummy = table_SP.shape[0] - 1
+    table_SP = table_SP.at[jnp.where(new_page_M > 0, slot_M, dummy), last_M // page_size].set(new_page_M, mode="clip")
+    return table_SP, table_SP[slot_M]
+
+
+def unpack(packed: Array, bucket: Bucket, page_size: int, last_S: Array, table_MP: Array) -> Batch:
+    """What is in it, for rows with these page tables.
 
     last_S: the newest token of every slot, which is what a decode whose token the host has not read yet runs on.
     """
     m, t = bucket.rows, bucket.chunk
-    slot_M, length_M, chunk_start_M, chunk_len_M, given_M, samples_M, new_page_M = packed[: _FIELDS * m].reshape(_FIELDS, m)
+    slot_M, length_M, chunk_start_M, chunk_len_M, given_M, samples_M, _ = packed[: _FIELDS * m].reshape(_FIELDS, m)
     chunk_T = packed[_FIELDS * m : _FIELDS * m + t]
-    dummy, last_M = last_S.shape[0] - 1, jnp.maximum(length_M + jnp.maximum(samples_M, 1) - 2, 0)
-    table_SP = table_SP.at[jnp.where(new_page_M > 0, slot_M, dummy), last_M // page_size].set(new_page_M)
-    rows = Rows(table_SP[slot_M], length_M, chunk_start_M, chunk_len_M)
+    rows = Rows(table_MP, length_M, chunk_start_M, chunk_len_M)
     lane = lanes(rows, t)
     position_N = jnp.maximum(lane.position_N, 0)
     page_N = rows.table_MP[lane.row_N, position_N // page_size]
-    batch = Batch(
+    return Batch(
         slot_M=slot_M,
         length_M=length_M,
         samples_M=samples_M > 0,
@@ -123,4 +130,3 @@ def unpack(packed: Array, bucket: Bucket, page_size: int, last_S: Array, table_S
         target_T=packed[_FIELDS * m + t :],
         rows=rows,
     )
-    return batch, table_SP

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from converters.model_config import ModelConfig
 from jaxllm import sample
-from jaxllm.batch import repeats, repetition, unpack
+from jaxllm.batch import repeats, repetition, tables, unpack
 from jaxllm.cache import PAGE_AXES, Cache
 from jaxllm.decoder import Attention, Decoder
 from jaxllm.parallel import sharding, spec
@@ -139,37 +139,42 @@ def model_step(
     Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
     patch_S: what each row slot brings for the patch.
     """
-    one = partial(_one_step, decoder, plan, mesh, implementation, bucket, floats_SF, ints_SI, patch, patch_S)
+    slot_M = inbox[: bucket.rows]
+    sampling = sample.Sampling.unpack(floats_SF[slot_M], ints_SI[slot_M])
+    table_SP, table_MP = tables(inbox, bucket, plan.page_size, table_SP)
+    one = partial(_one_step, decoder, plan, mesh, implementation, bucket, table_MP, sampling, patch, patch_S)
     if bucket.chunk or plan.decode_steps == 1:
-        return one(inbox, jnp.int32(0), cache, last_S, table_SP, ports)
+        cache, last_S, ports, prompt = one(inbox, jnp.int32(0), cache, last_S, ports)
+        return cache, last_S, table_SP, ports, prompt
 
     turns = repeats(inbox, bucket)
 
     def again(i, state):
         return one(repetition(inbox, bucket, i, turns), i, *state)[:-1]
 
-    return *lax.fori_loop(jnp.int32(0), turns, again, (cache, last_S, table_SP, ports)), ()
+    cache, last_S, ports = lax.fori_loop(jnp.int32(0), turns, again, (cache, last_S, ports))
+    return cache, last_S, table_SP, ports, ()
 
 
-def _one_step(decoder, plan, mesh, implementation, bucket, floats_SF, ints_SI, patch, patch_S, packed, i, cache, last_S, table_SP, ports):
+def _one_step(decoder, plan, mesh, implementation, bucket, table_MP, sampling, patch, patch_S, packed, i, cache, last_S, ports):
     """Model and draw once; `i` of the repetitions came before."""
-    batch, table_SP = unpack(packed, bucket, plan.page_size, last_S, table_SP)
+    batch = unpack(packed, bucket, plan.page_size, last_S, table_MP)
     works = _works(decoder.c, plan, implementation, batch.rows, bucket)
     patching = None if patch is None else Patching(patch_S or {}, batch.slot_N, batch.position_N, patch)
     # The fused kernels have no sites.
     linears = _linears(decoder, plan, mesh, implementation, bucket) if patch is None else None
     context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears, patching)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
-    hidden_MD = hidden_ND[batch.logit_lane_M]
+    hidden_MD = hidden_ND[batch.logit_lane_M] if bucket.chunk else hidden_ND
     logits_MV = _logits(decoder, mesh, hidden_MD)
     head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
-    sampling = sample.Sampling.unpack(floats_SF[batch.slot_M], ints_SI[batch.slot_M])
     tokens_M = _sample(mesh, implementation, logits_MV, sampling, head_3M)
     last_S = _remember(last_S, batch.slot_M, batch.samples_M, tokens_M)
     prompt = ()
     if bucket.scored:
         prompt = sample.logprobs(_logits(decoder, mesh, hidden_ND[bucket.rows :]), batch.target_T, plan.max_logprobs)
-    return cache, last_S, table_SP, Ports(ports.tokens_RM.at[i].set(tokens_M), logits_MV, head_3M, hidden_MD), prompt
+    tokens_RM = lax.dynamic_update_index_in_dim(ports.tokens_RM, tokens_M, i, 0)
+    return cache, last_S, Ports(tokens_RM, logits_MV, head_3M, hidden_MD), prompt
 
 
 def _logits(decoder: Decoder, mesh: Mesh, hidden_BD: Array) -> Array:
@@ -207,7 +212,7 @@ def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, buck
 
 
 def _remember(last_S: Array, slot_M: Array, samples_M: Array, tokens_M: Array) -> Array:
-    return last_S.at[jnp.where(samples_M, slot_M, last_S.shape[0] - 1)].set(tokens_M)
+    return last_S.at[jnp.where(samples_M, slot_M, last_S.shape[0] - 1)].set(tokens_M, mode="clip")
 
 
 def _sample(mesh: Mesh, implementation: str, logits_MV: Array, sampling: sample.Sampling, head_3M: Array) -> Array:
