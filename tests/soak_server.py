@@ -105,6 +105,19 @@ class Server:
                 self.broken.append(f"after {seconds} s still held: {left | more}")
                 return
 
+    async def holds(self, count: int, seconds: float = 10) -> None:
+        """Waits until so many requests run or wait; it is broken if that does not come, as when they end sooner."""
+        deadline = time.monotonic() + seconds
+        async with self.client() as client:
+            while True:
+                text = (await client.get("/metrics")).text
+                if (found := sum(_gauge(text, name) for name in NAMES[:2])) >= count:
+                    return
+                if time.monotonic() > deadline:
+                    self.broken.append(f"it held {found:.0f} of {count} requests after {seconds} s")
+                    return
+                await asyncio.sleep(0.01)
+
     async def story(self) -> str:
         """What it always says to the same prompt."""
         async with self.client() as client:
