@@ -3,9 +3,10 @@
 Everywhere else a shape is written with its logical axes ("heads", "kv", "mlp", "vocab", None); mesh names appear here only.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
@@ -50,6 +51,13 @@ def _divided(mesh: Mesh, axis: str | None, size: int, shape: tuple[int, ...]) ->
     if axis == "vocab":
         return None
     raise ConfigError(f"{shards(mesh, axis)} devices do not divide {size}, the {axis!r} axis of a tensor of shape {shape}")
+
+
+def on_each(mesh: Mesh, local: Callable, given: Any, out: Any) -> Callable:
+    """`local` on each device, for its parts of the arrays: kernels know no mesh. given, out: `spec`s. On one device, `local` itself."""
+    if mesh.size == 1:
+        return local
+    return jax.shard_map(local, mesh=mesh, in_specs=given, out_specs=out, check_vma=False)
 
 
 def check(mesh: Mesh, config: ModelConfig) -> None:

@@ -30,8 +30,7 @@ from jaxllm.plan import Bucket, Plan
 ADMITTED = 16  # sequences whose row state one dispatch brings to the device
 # XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing.
 OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
-# Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200). Where one
-# row has a next token, XLA would do without Triton's kernel for its head by writing the head's weights out in float32: 2 GB, the 8B's.
+# Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200).
 LARGE = {"xla_gpu_enable_triton_gemm": False}
 # What XLA may put into a CUDA graph: its usual kinds, and the loop of a repeated step, whose turns the device then counts, the host none.
 GRAPH = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
@@ -95,7 +94,7 @@ class RowState:
 
 def step_options(bucket: Bucket, plan: Plan) -> dict[str, Any]:
     """XLA's options for a step, beside those for everything."""
-    if bucket.chunk:
+    if bucket.chunk:  # without Triton, XLA would write the head's weights out in float32 for a single row's next token: 2 GB, the 8B's
         return LARGE if bucket.rows > 1 else {}
     return (REPEATED if plan.decode_steps > 1 else {}) | (SHARDED if plan.tensor_parallel_size > 1 else {})
 

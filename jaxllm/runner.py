@@ -61,7 +61,7 @@ class Drawn:
     hidden_MD: Array | None
 
 
-def _compiled(program: Program, lowered: Lowered) -> Compiled:
+def _compile(program: Program, lowered: Lowered) -> Compiled:
     start = time.monotonic()
     made = lowered.compile()
     log.debug("%s: compiled in %.1f s", program.name, time.monotonic() - start)
@@ -167,7 +167,7 @@ class Runner:
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
                 found = {} if kept is None else {n: got for n, got in zip(names, pool.map(kept.get, names), strict=True) if got is not None}
                 missing = [program for program in self._programs if program.name not in found]
-                made = {program.name: pool.submit(_compiled, program, done) for program, done in lowered(missing, options, recipe, helpers)}
+                made = {program.name: pool.submit(_compile, program, done) for program, done in lowered(missing, options, recipe, helpers)}
         finally:
             stack_size(before)
         return found | {name: future.result() for name, future in made.items()}

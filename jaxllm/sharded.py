@@ -8,11 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from jaxllm.parallel import RULES, spec
+from jaxllm.parallel import RULES, on_each, spec
 from pallas_kernels import ManyRows, Norm, Stream
 
 WHOLE = spec(())  # the same on every device
@@ -30,7 +29,7 @@ class ShardedLinears:
         def local(stream, weight_D):
             return self.each.norm(stream, norm._replace(weight_D=weight_D))
 
-        return self.run(local, (WHOLE, WHOLE), WHOLE)(stream, norm.weight_D)
+        return on_each(self.mesh, local, (WHOLE, WHOLE), WHOLE)(stream, norm.weight_D)
 
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
         """[N, F / 2], each device's features one after the other."""
@@ -38,7 +37,7 @@ class ShardedLinears:
         def local(normed, weight_FD):
             return self.each.gated(normed, weight_FD, act)
 
-        return self.run(local, (WHOLE, spec(("mlp", None))), FEATURES)(normed, weight_FD)
+        return on_each(self.mesh, local, (WHOLE, spec(("mlp", None))), FEATURES)(normed, weight_FD)
 
     def add(self, stream: Stream, x_NF: Array, weight_DF: Array) -> Stream:
         """The devices' parts are summed in the stream's dtype, as those of plain products are."""
@@ -47,11 +46,7 @@ class ShardedLinears:
             mine_ND = self.each.product(x_NF, weight_DF).sum(0).astype(stream.h_ND.dtype)
             return Stream(stream.h_ND, lax.psum(mine_ND, RULES["mlp"])[None])
 
-        return self.run(local, (WHOLE, FEATURES, FEATURES), WHOLE)(stream, x_NF, weight_DF)
+        return on_each(self.mesh, local, (WHOLE, FEATURES, FEATURES), WHOLE)(stream, x_NF, weight_DF)
 
     def finish(self, stream: Stream, norm: Norm) -> Array:
         return self.norm(stream, norm)[1]
-
-    def run(self, local: Callable, given: tuple, out: Any) -> Callable:
-        """`local` on each device, of its parts of the arrays."""
-        return jax.shard_map(local, mesh=self.mesh, in_specs=given, out_specs=out, check_vma=False)

@@ -19,7 +19,7 @@ from jaxllm import sample
 from jaxllm.batch import repeats, repetition, tables, unpack
 from jaxllm.cache import PAGE_AXES, Cache
 from jaxllm.decoder import Attention, Decoder
-from jaxllm.parallel import sharding, spec
+from jaxllm.parallel import on_each, sharding, spec
 from jaxllm.patch import Patch, Patching
 from jaxllm.plan import Bucket, Plan
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
@@ -45,11 +45,9 @@ class PagedContext:
             k_pages, v_pages = write_kv(k_pages, v_pages, k, v, slots, implementation=work.implementation, interpret=work.interpret)
             return paged_attention(q, k_pages, v_pages, rows, work, scale=scale, window=window, softcap=softcap), (k_pages, v_pages)
 
-        run: Any = local
-        if self.mesh.size > 1:  # kernels see their own heads only
-            heads, kv_heads, pages, whole = spec((None, "heads", None)), spec((None, "kv", None)), spec(PAGE_AXES), spec(())
-            specs = (heads, kv_heads, kv_heads, pages, pages, whole, whole, whole)
-            run = jax.shard_map(local, mesh=self.mesh, in_specs=specs, out_specs=(heads, (pages, pages)), check_vma=False)
+        heads, kv_heads, pages, whole = spec((None, "heads", None)), spec((None, "kv", None)), spec(PAGE_AXES), spec(())
+        given = (heads, kv_heads, kv_heads, pages, pages, whole, whole, whole)
+        run = on_each(self.mesh, local, given, (heads, (pages, pages)))
         return run(q_NQH, k_NKH, v_NKH, *kv, self.kv_slot_N, self.rows, self.works[str(window)])
 
     def attend_product(self, normed: Any, attn: Attention, kv, cos_sin: tuple[Array, Array] | None):
@@ -77,12 +75,9 @@ class PagedContext:
             options = dict(scale=attn.scale, window=attn.window, softcap=attn.softcap)
             return paged_attention(q_NQH, k_pages, v_pages, rows, work, **options), (k_pages, v_pages)
 
-        run: Any = local
-        if self.mesh.size > 1:
-            features, pages, whole = spec(("heads",)), spec(PAGE_AXES), spec(())
-            given = (whole, spec(("heads", None)), features, whole, whole, pages, pages, whole, whole, whole)
-            out = spec((None, "heads", None)), (pages, pages)
-            run = jax.shard_map(local, mesh=self.mesh, in_specs=given, out_specs=out, check_vma=False)
+        features, pages, whole = spec(("heads",)), spec(PAGE_AXES), spec(())
+        given = (whole, spec(("heads", None)), features, whole, whole, pages, pages, whole, whole, whole)
+        run = on_each(self.mesh, local, given, (spec((None, "heads", None)), (pages, pages)))
         bias, norms_H = attn.qkv.bias, [None if norm is None else norm.weight_D for norm in norms]
         weights = attn.qkv.weight[...], None if bias is None else bias[...], norms_H
         return run(normed, *weights, cos_sin, *kv, self.kv_slot_N, self.rows, self.works[str(attn.window)])
@@ -218,10 +213,8 @@ def _remember(last_S: Array, slot_M: Array, samples_M: Array, tokens_M: Array) -
 def _sample(mesh: Mesh, implementation: str, logits_MV: Array, sampling: sample.Sampling, head_3M: Array) -> Array:
     _, length_M, samples_M = head_3M
     sampling = replace(sampling, temperature_B=jnp.where(samples_M > 0, sampling.temperature_B, 0.0))  # no work for rows without a token
-    local = partial(sample.sample, implementation=implementation)
-    if mesh.size > 1:  # the same on every device
-        local = jax.shard_map(local, mesh=mesh, in_specs=spec(()), out_specs=spec(()), check_vma=False)
-    return local(logits_MV, sampling, length_M)
+    run = on_each(mesh, partial(sample.sample, implementation=implementation), spec(()), spec(()))  # the same on every device
+    return run(logits_MV, sampling, length_M)
 
 
 EDITS = 2 * MAX_BIAS + MAX_STOP_IDS + 1  # bias ids, bias values (as bits), stop ids, the length below which those are banned

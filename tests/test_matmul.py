@@ -284,8 +284,10 @@ def test_a_decoder_is_the_same_through_the_kernels(name, rows, devices, monkeypa
     if rows in matmul_sm90.ROWS and devices == 1:
         monkeypatch.setattr(matmul, "many_rows_tile", wide_tile)
     decoder, parted = shaken(decoder_of(name)), shaken(decoder_of(name, devices))
-    each = OneRow("cpu", interpret=True) if (rows, devices) == (1, 1) else ManyRows("cpu", interpret=True)
-    linears = each if isinstance(each, OneRow) or devices == 1 else ShardedLinears(each, decoder_mesh(devices))
+    if devices > 1:
+        linears = ShardedLinears(ManyRows("cpu", interpret=True), decoder_mesh(devices))
+    else:
+        linears = OneRow("cpu", interpret=True) if rows == 1 else ManyRows("cpu", interpret=True)
     assert decoder.usual
     plain, plain_cache = step(decoder, None, rows)
     found, cache = step(parted, linears, rows, devices=devices)
