@@ -30,6 +30,7 @@ from converters.checkpoint import tensor_shapes
 from converters.model_config import ModelConfig
 from jaxllm.decoder import Decoder
 from jaxllm.executables import settings
+from jaxllm.mosaic import with_text
 from jaxllm.parallel import make_mesh
 from jaxllm.plan import Plan
 from jaxllm.programs import Program, programs
@@ -115,11 +116,7 @@ class Answer:
         def stand_in(*_):
             return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), self.out)
 
-        # No public way leads from a text to something that compiles with donation and places. What takes and gives the same has all else.
-        made = program.jit(stand_in, options).lower(*program.args)
-        inner: Any = made._lowering
-        inner._hlo = type(inner._hlo).parse(self.stablehlo, inner._hlo.context)
-        return made
+        return with_text(program.jit(stand_in, options).lower(*program.args), self.stablehlo)
 
 
 def arguments(program: Program) -> list[tuple]:

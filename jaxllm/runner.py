@@ -11,8 +11,8 @@ inbox. XLA then launches the step's CUDA graph as it is, where one new address m
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from threading import stack_size
@@ -26,7 +26,7 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.stages import Compiled, Lowered
 
-from jaxllm import mask, scheduler
+from jaxllm import mask, mosaic, scheduler
 from jaxllm import step as device
 from jaxllm.batch import StepResult, pack, packed_size
 from jaxllm.cache import Cache, make_cache
@@ -61,11 +61,30 @@ class Drawn:
     hidden_MD: Array | None
 
 
-def _compile(program: Program, lowered: Lowered) -> Compiled:
+def _compile(name: str, lowered: Lowered) -> Compiled:
     start = time.monotonic()
     made = lowered.compile()
-    log.debug("%s: compiled in %.1f s", program.name, time.monotonic() - start)
+    log.debug("%s: compiled in %.1f s", name, time.monotonic() - start)
     return made
+
+
+def _made(pool: ThreadPoolExecutor, programs: Iterable[tuple[Program, Lowered]], device: Any) -> dict[str, Compiled]:
+    """The executables by name. Mosaic's kernels come first, and programs wait for them, because one stops the other."""
+    kernels: dict[bytes, Future[Compiled]] = {}
+    made: dict[str, Future[Compiled]] = {}
+    waiting: list[tuple[str, Lowered]] = []
+    for program, done in programs:
+        for text, kernel in mosaic.kernels(done, device).items():
+            if text not in kernels:
+                kernels[text] = pool.submit(_compile, f"kernel {len(kernels)}", kernel)
+        if kernels:
+            waiting.append((program.name, done))
+        else:
+            made[program.name] = pool.submit(_compile, program.name, done)
+    for kernel in kernels.values():
+        kernel.result()
+    made |= {name: pool.submit(_compile, name, done) for name, done in waiting}
+    return {name: future.result() for name, future in made.items()}
 
 
 class Handle:
@@ -167,10 +186,10 @@ class Runner:
             with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
                 found = {} if kept is None else {n: got for n, got in zip(names, pool.map(kept.get, names), strict=True) if got is not None}
                 missing = [program for program in self._programs if program.name not in found]
-                made = {program.name: pool.submit(_compile, program, done) for program, done in lowered(missing, options, recipe, helpers)}
+                made = _made(pool, lowered(missing, options, recipe, helpers), self._mesh.devices.item(0))
         finally:
             stack_size(before)
-        return found | {name: future.result() for name, future in made.items()}
+        return found | made
 
     def start(self, decoder: Decoder) -> None:
         """Takes the weights, allocates the cache and runs each shape once on padding, so that nothing is left for the first request.
