@@ -5,9 +5,10 @@ heads, the MLP's by features. N rows, D model, F features of a product.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 from jax import Array, lax
 from jax.sharding import Mesh
 
@@ -18,12 +19,13 @@ WHOLE = spec(())  # the same on every device
 FEATURES = spec((None, "mlp"))  # of a product that a device made its part of, and of the weights that read it
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ShardedLinears:
     """The verbs of `each`, a device's linears, for arrays that lie on all devices of `mesh`."""
 
-    each: ManyRows
-    mesh: Mesh
+    each: ManyRows = field(metadata={"static": True})
+    mesh: Mesh = field(metadata={"static": True})
 
     def norm(self, stream: Stream, norm: Norm) -> tuple[Stream, Any]:
         def local(stream, weight_D):

@@ -37,7 +37,7 @@ class PagedContext:
     kv_slot_N: Array
     works: dict[str, Work]  # by window
     mesh: Mesh = field(metadata={"static": True})
-    linears: Linears | ShardedLinears | None = field(metadata={"static": True})
+    linears: Linears | ShardedLinears | None
     patching: Patching | None = None
 
     def attend(self, q_NQH: Array, k_NKH: Array, v_NKH: Array, kv, *, scale: float, window: int | None, softcap: float | None):
@@ -157,7 +157,7 @@ def _one_step(decoder, plan, mesh, implementation, bucket, table_MP, sampling, p
     works = _works(decoder.c, plan, implementation, batch.rows, bucket)
     patching = None if patch is None else Patching(patch_S or {}, batch.slot_N, batch.position_N, patch)
     # The fused kernels have no sites.
-    linears = _linears(decoder, plan, mesh, implementation, bucket) if patch is None else None
+    linears = _linears(decoder, plan, mesh, implementation, bucket, batch.rows) if patch is None else None
     context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears, patching)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     hidden_MD = hidden_ND[batch.logit_lane_M] if bucket.chunk else hidden_ND
@@ -180,11 +180,14 @@ def _logits(decoder: Decoder, mesh: Mesh, hidden_BD: Array) -> Array:
     return logits_BV
 
 
-def _linears(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket) -> Linears | ShardedLinears | None:
+def _linears(
+    decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket, owners: Rows
+) -> Linears | ShardedLinears | None:
     """How this step's layers multiply."""
     if implementation == "reference" or plan.page_dtype != plan.dtype or not decoder.usual:
         return None
-    each = linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, alone=mesh.size == 1)
+    alone = mesh.size == 1
+    each = linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, alone=alone, owners=owners if alone else None)
     return ShardedLinears(each, mesh) if mesh.size > 1 and isinstance(each, ManyRows) else each
 
 

@@ -4,8 +4,9 @@ Such a step is bound by the bytes of its weights and by the number of its kernel
 reads the same in both; `linears_for` says which one a step takes, if any, and there is no third place where that is decided.
 
 - `OneRow`: a norm is part of the product it feeds, and a residual of the product that it is added to.
-- `ManyRows` (Hopper): products leave parts; whoever reads a product sums them, which for the residual stream is also the next norm. A
-  product that XLA's kernels are better at is theirs, and leaves one part.
+- `ManyRows` (Hopper): products leave parts; whoever reads a product sums them, which for the residual stream is also the next norm. From
+  `WIDE_ROWS` on, a product leaves one part, and what its padding would hold is not computed. A product that XLA's kernels are better at is
+  theirs, and leaves one part.
 
 N rows, D model, F features of a product, P parts.
 """
@@ -17,13 +18,15 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import matmul_one_row, matmul_sm90
+from pallas_kernels import matmul_one_row, matmul_sm90, matmul_sm90_wide
 from pallas_kernels.blocks import file_name
 from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul_join import join
+from pallas_kernels.work import Rows, live, static
 
 
 class Norm(NamedTuple):
@@ -49,12 +52,13 @@ class Product(NamedTuple):
     gated: bool = False
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class OneRow:
     """Each method is one kernel, but `norm`, which is none. kind: of the device, as JAX names it."""
 
-    kind: str
-    interpret: bool = False
+    kind: str = static()
+    interpret: bool = static(default=False)
 
     def norm(self, stream: Stream, norm: Norm) -> tuple[Stream, Any]:
         """The stream, and it normed, for a product to read."""
@@ -98,19 +102,28 @@ class OneRow:
         return matmul_one_row.linear(x_ND, weight_FD, tile=tile, interpret=self.interpret, **options)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class ManyRows:
-    """The same verbs; sums are left to `norm` and `finish`. kind: of the device, as JAX names it. trial: as for `many_rows_tile`."""
+    """The same verbs; sums are left to `norm` and `finish`.
 
-    kind: str
-    interpret: bool = False
-    trial: bool = False
+    kind: of the device, as JAX names it. cores: its multiprocessors. trial: as for `many_rows_tile`. live_3: `work.live`, or None if
+    every lane is to be computed; products then leave lanes that hold no token as they please.
+    """
+
+    kind: str = static()
+    cores: int = static()
+    interpret: bool = static(default=False)
+    trial: bool = static(default=False)
+    live_3: Array | None = None
 
     def norm(self, stream: Stream, norm: Norm) -> tuple[Stream, Any]:
         h_ND, normed_ND = join(*stream, norm.weight_D, eps=norm.eps, offset=norm.offset, interpret=self.interpret)
         return Stream(h_ND), normed_ND
 
     def product(self, normed: Any, weight_FD: Array) -> Array:
+        if self._wide(normed, weight_FD):
+            return self._live(normed, weight_FD)[None]
         if (tile := self._tile(normed, weight_FD)) is None:
             return _plain(normed, weight_FD)[None]
         return matmul_sm90.linear(normed, weight_FD, tile=tile, interpret=self.interpret)
@@ -121,6 +134,8 @@ class ManyRows:
         return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
 
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
+        if self._wide(normed, weight_FD, gated=True):
+            return self._live(normed, weight_FD, act=act)
         if (tile := self._tile(normed, weight_FD, gated=True)) is None:
             gate_NF, up_NF = jnp.split(_plain(normed, weight_FD), 2, axis=1)
             return act(gate_NF) * up_NF
@@ -133,26 +148,36 @@ class ManyRows:
     def finish(self, stream: Stream, norm: Norm) -> Array:
         return self.norm(stream, norm)[1]
 
+    def _wide(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> bool:
+        return len(x_ND) >= WIDE_ROWS and (WIDE_ROWS, _product(weight_FD, gated)) in _measured(self.kind, self.trial)
+
+    def _live(self, x_ND: Array, weight_FD: Array, **options: Any) -> Array:
+        live_3 = jnp.full(3, len(x_ND), jnp.int32) if self.live_3 is None else self.live_3
+        return matmul_sm90_wide.linear(x_ND, weight_FD, live_3, workers=self.cores, interpret=self.interpret, **options)
+
     def _tile(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90.Tile | None:
         return many_rows_tile(self.kind, len(x_ND), _product(weight_FD, gated), trial=self.trial)
 
 
 Linears = OneRow | ManyRows
-MOST = 1024  # rows: beyond them are prompts, whose products are so long that nothing around them matters
+WIDE_ROWS = 768  # from here on a product is so many tiles that leaving the empty ones out pays; with fewer, cuBLAS fills the device better
 SMALL = 2**22  # weights of a QKV that is turned in its product's kernel: 0.5B's step is 3.6% shorter so, the 8B's 2% longer (H200)
 
 
-def linears_for(device: Any, rows: int, dtype: Any, *, alone: bool = True) -> Linears | None:
+def linears_for(device: Any, rows: int, dtype: Any, *, alone: bool = True, owners: Rows | None = None) -> Linears | None:
     """How a step of `rows` rows runs its layers on a device; None: by plain products, and XLA does the rest.
 
-    alone: it makes whole products, not parts of sums over several devices, to which no residual could be added.
+    alone: it makes whole products, not parts of sums over several devices, to which no residual could be added. owners: of its lanes; those
+    that have none need not be computed.
     """
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
     if capability is None or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return None
     if rows == 1 and alone and float(capability) >= 8:
         return OneRow(device.device_kind)
-    return ManyRows(device.device_kind) if capability == "9.0" and rows <= MOST else None
+    if capability != "9.0":
+        return None
+    return ManyRows(device.device_kind, device.core_count, live_3=live(owners) if owners is not None and rows >= WIDE_ROWS else None)
 
 
 def _plain(x_ND: Array, weight_FD: Array) -> Array:
@@ -186,7 +211,7 @@ def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = Fals
 
 @cache
 def _measured(kind: str, trial: bool = False) -> dict[tuple[int, Product], list[Any]]:
-    """By rows (1; 8: up to 16, 64: up to 128, 256) and product, the tile that was the fastest on this kind of device (bench/linears.py)."""
+    """By rows (1; 8: up to 16, 64: up to 128, 256; 768 and more) and product, the tile that was the fastest on this kind of device."""
     path = files("pallas_kernels") / "tuning" / "linear" / file_name(kind)
     if not path.is_file():
         return {}

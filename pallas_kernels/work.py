@@ -132,6 +132,15 @@ def lanes(rows: Rows, chunk: int) -> Lanes:
     )
 
 
+def live(rows: Rows) -> Array:
+    """Which of a step's N = M + T lanes hold a token, int32 [3]: none but [0, first) and [second, third). The rest is padding."""
+    count = rows.length_M.shape[0]
+    decodes_M = (rows.length_M > 0) & (rows.chunk_len_M == 0)
+    last = jnp.max(jnp.where(decodes_M, jnp.arange(1, count + 1, dtype=jnp.int32), 0))
+    chunk = jnp.max(jnp.where(rows.chunk_len_M > 0, rows.chunk_start_M + rows.chunk_len_M, 0))
+    return jnp.stack([last, jnp.int32(count), count + chunk]).astype(jnp.int32)
+
+
 def shares(rows: Rows, *, kv_heads: int, page_size: int, kv_block: int, window: int | None, workers: int) -> Shares:
     """Cut the decode rows' KV blocks into `workers` shares whose lengths differ by one at most."""
     count = rows.length_M.shape[0]

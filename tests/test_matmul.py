@@ -285,9 +285,9 @@ def test_a_decoder_is_the_same_through_the_kernels(name, rows, devices, monkeypa
         monkeypatch.setattr(matmul, "many_rows_tile", wide_tile)
     decoder, parted = shaken(decoder_of(name)), shaken(decoder_of(name, devices))
     if devices > 1:
-        linears = ShardedLinears(ManyRows("cpu", interpret=True), decoder_mesh(devices))
+        linears = ShardedLinears(ManyRows("cpu", 2, interpret=True), decoder_mesh(devices))
     else:
-        linears = OneRow("cpu", interpret=True) if rows == 1 else ManyRows("cpu", interpret=True)
+        linears = OneRow("cpu", interpret=True) if rows == 1 else ManyRows("cpu", 2, interpret=True)
     assert decoder.usual
     plain, plain_cache = step(decoder, None, rows)
     found, cache = step(parted, linears, rows, devices=devices)
@@ -358,7 +358,7 @@ def test_the_verbs_mean_the_same_in_both_ways(monkeypatch):
     h, norm = draw(1, 128), Norm(draw(128), 1e-6, 0.0)
     weight, gate, down = draw(64, 128, scale=0.1), draw(256, 128, scale=0.1), draw(128, 128, scale=0.1)
     ends = []
-    for run in (OneRow("cpu", interpret=True), ManyRows("cpu", interpret=True)):
+    for run in (OneRow("cpu", interpret=True), ManyRows("cpu", 2, interpret=True)):
         rows = 1 if isinstance(run, OneRow) else 2
         stream, normed = run.norm(Stream(jnp.tile(h, (rows, 1))), norm)
         product = run.product(normed, weight).sum(0)

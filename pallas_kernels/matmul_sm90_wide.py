@@ -1,0 +1,216 @@
+"""Linear layers for hundreds of rows and more on Hopper, in Mosaic GPU: persistent blocks, and rows that nobody has are left out.
+
+Such a product is bound by arithmetic. A thread block multiplies a tile of rows with a tile of output features: one warpgroup copies their
+inputs into a ring by TMA, two multiply, half of the rows each, and copy their output out while the next tile's inputs are on their way.
+Tiles that are left when every block has had as many as the others are cut into narrower ones, so that all blocks end together. A step's
+shape has more lanes than its rows and prompts fill; which of them are filled is data, and a tile that holds none of those is not computed.
+
+N rows, D inputs, F output features.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+GROUPS = 2  # warpgroups that multiply
+LINES = 64  # of wgmma, which are a warpgroup's rows; and features that are copied out at a time
+ROWS = GROUPS * LINES  # of a tile
+WIDE = 256  # features of a tile, wgmma's widest; of a gated product, gate's and up's together
+INPUTS = 64  # of a turn
+STAGES = 4  # turns that the ring holds
+BAND = 8  # tiles of features that all rows go through before the next ones: their weights stay in the second-level cache
+TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
+ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is fixed when the kernel is compiled. halves: 2 if gated. workers: blocks in the grid."""
+
+    act: Callable[[Array], Array] | None
+    rows: int
+    features: int
+    turns: int
+    workers: int
+
+    @property
+    def halves(self) -> int:
+        return 1 if self.act is None else 2
+
+    @property
+    def wide(self) -> int:
+        """Output features of a whole tile."""
+        return WIDE // self.halves
+
+    @property
+    def cuts(self) -> list[int]:
+        """How many narrower tiles one may become: no narrower than what is copied out at a time."""
+        return [pieces for pieces in (4, 2) if self.wide // pieces >= LINES]
+
+
+@partial(jax.jit, static_argnames=("act", "workers", "interpret"))
+def linear(
+    x_ND: Array,
+    weight_FD: Array,
+    live_3: Array,
+    *,
+    act: Callable[[Array], Array] | None = None,
+    workers: int,
+    interpret: bool = False,
+) -> Array:
+    """x @ weight.T -> [N, F]; with `act`, [N, F / 2]: the second half gated by the first. Numbers are of 16 bits, D is a multiple of 64.
+
+    live_3: `work.live`: only rows [0, live[0]) and [live[1], live[2]) matter; some of the others hold anything. workers: thread blocks,
+    one a multiprocessor.
+    """
+    rows, inputs = x_ND.shape
+    features = weight_FD.shape[0] // (1 if act is None else 2)
+    options = _Options(act, rows, features, inputs // INPUTS, workers)
+    return plgpu.kernel(
+        partial(_kernel, options),
+        out_type=jax.ShapeDtypeStruct((rows, features), x_ND.dtype),
+        scratch_types=dict(
+            x_s=plgpu.SMEM((STAGES, ROWS, INPUTS), x_ND.dtype, transforms=TILED),
+            w_s=plgpu.SMEM((STAGES, WIDE, INPUTS), x_ND.dtype, transforms=TILED),
+            o_s=plgpu.SMEM((GROUPS, 2, LINES, LINES), x_ND.dtype, transforms=TILED),
+            here=plgpu.Barrier(num_arrivals=1 + options.halves, num_barriers=STAGES),
+            free=plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES),
+        ),
+        grid=(workers,),
+        grid_names=("worker",),
+        num_threads=GROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+    )(x_ND, weight_FD, live_3)
+
+
+def _kernel(options: _Options, x, w, live, o, **scratch):
+    refs = SimpleNamespace(x=x, w=w, live=live, o=o, **scratch)
+    group = lax.axis_index("warpgroup")
+
+    @pl.when(group == GROUPS)
+    def _():
+        plgpu.set_max_registers(40, action="decrease")
+        turns = _tiles(options, refs, partial(_fetch_tile, options, refs))
+        # Every completion must be awaited: a barrier ends even.
+        lax.fori_loop(jnp.maximum(turns - STAGES, 0), turns, partial(_await_free, refs), ())
+
+    @pl.when(group < GROUPS)
+    def _():
+        plgpu.set_max_registers(232, action="increase")
+        _tiles(options, refs, partial(_multiply_tile, options, refs, group))
+        plgpu.wait_smem_to_gmem(0)
+
+
+def _tiles(options: _Options, refs, each):
+    """Call `each(row, feature, turn, wide)` for this block's tiles: their first row and feature, the turns before, how wide it is.
+
+    Gives how many turns of copies that took.
+    """
+    first, begin, end = (refs.live[i] for i in range(3))
+    head = lax.div(first + ROWS - 1, jnp.int32(ROWS))
+    begin = jnp.maximum(head, lax.div(begin, jnp.int32(ROWS)))
+    high = head + jnp.maximum(lax.div(end + ROWS - 1, jnp.int32(ROWS)) - begin, 0)
+    across, workers, worker = -(-options.features // options.wide), jnp.int32(options.workers), lax.axis_index("worker")
+    left, cut = lax.rem(high * across, workers), jnp.int32(1)
+    for pieces in reversed(options.cuts):
+        cut = jnp.where(left * pieces <= workers, pieces, cut)
+    count = high * across - jnp.where(cut > 1, left, 0)
+
+    def corner(index):
+        strip = lax.div(index, high * BAND)
+        inside, width = index - strip * high * BAND, jnp.minimum(BAND, across - strip * BAND)
+        place = lax.div(inside, width)
+        row = jnp.where(place < head, place, begin + place - head) * ROWS
+        return row, (strip * BAND + lax.rem(inside, width)) * options.wide
+
+    def whole(state):
+        index, turn = state
+        each(*corner(index), turn, options.wide)
+        return index + workers, turn + options.turns
+
+    _, turn = lax.while_loop(lambda state: state[0] < count, whole, (worker, jnp.int32(0)))
+    for pieces in options.cuts:
+        mine, wide = (cut == pieces) & (worker < left * pieces), options.wide // pieces
+
+        @pl.when(mine)
+        def _(pieces=pieces, wide=wide, turn=turn):
+            row, feature = corner(count + lax.div(worker, jnp.int32(pieces)))
+            each(row, feature + lax.rem(worker, jnp.int32(pieces)) * wide, turn, wide)
+
+        turn += jnp.where(mine, options.turns, 0)
+    return turn
+
+
+def _await_free(refs, turn, _):
+    plgpu.barrier_wait(refs.free.at[lax.rem(turn, jnp.int32(STAGES))])
+    return ()
+
+
+def _fetch_tile(options: _Options, refs, row, feature, turn, wide):
+    """Copy a tile's rows and weights into the ring, as stages become free."""
+    zeros = plgpu.OOBFillMode.ZEROS
+    outside_x, outside_w = zeros if options.rows % ROWS else None, zeros if options.features % options.wide else None
+
+    def fetch(i, _):
+        stage = lax.rem(turn + i, jnp.int32(STAGES))
+
+        @pl.when(turn + i >= STAGES)
+        def _():
+            _await_free(refs, turn + i, ())
+
+        inputs, here = pl.ds(i * INPUTS, INPUTS), refs.here.at[stage]
+        plgpu.copy_gmem_to_smem(refs.x.at[pl.ds(row, ROWS), inputs], refs.x_s.at[stage], here, oob_mode=outside_x)
+        for half in range(options.halves):  # past the last feature, zeros or the other half's: their products are not stored
+            source = refs.w.at[pl.ds(half * options.features + feature, wide), inputs]
+            plgpu.copy_gmem_to_smem(source, refs.w_s.at[stage, pl.ds(half * wide, wide)], here, oob_mode=outside_w)
+        return ()
+
+    lax.fori_loop(0, options.turns, fetch, ())
+
+
+def _multiply_tile(options: _Options, refs, group, row, feature, turn, wide):
+    """One warpgroup's half of a tile's rows, and their copy out."""
+    shape, dtype = (LINES, options.halves * wide), refs.x.dtype
+    out = pl.run_scoped(partial(_turns, options, refs, group, turn), ACC(shape, jnp.float32))
+    if options.act is not None:  # rounded between, as the plain layers round
+        gate, up = (half.astype(dtype).astype(jnp.float32) for half in (out[:, :wide], out[:, wide:]))
+        out = options.act(gate).astype(dtype).astype(jnp.float32) * up
+    for copy, begin in enumerate(range(0, wide, LINES)):
+        out_s = refs.o_s.at[group, copy % 2]
+        # The last copy but one has left this place; a tile's first may find its own in use, by a tile of one copy.
+        plgpu.wait_smem_to_gmem(1 if copy else 0, wait_read_only=True)
+        out_s[...] = out[:, begin : begin + LINES].astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_s, refs.o.at[pl.ds(row + group * LINES, LINES), pl.ds(feature + begin, LINES)])
+
+
+def _turns(options: _Options, refs, group, turn, accumulator):
+    """The products of this warpgroup's rows with the weights, both halves beside each other."""
+    width = accumulator.shape[1]
+
+    def multiply(i, _):
+        stage = lax.rem(turn + i, jnp.int32(STAGES))
+        plgpu.barrier_wait(refs.here.at[stage])
+        plgpu.wgmma(accumulator, refs.x_s.at[stage, pl.ds(group * LINES, LINES)], refs.w_s.at[stage, pl.ds(0, width)].T)
+        plgpu.wgmma_wait(1)  # the product of the turn before
+
+        @pl.when(i > 0)
+        def _():
+            plgpu.barrier_arrive(refs.free.at[lax.rem(turn + i - 1, jnp.int32(STAGES))])
+
+        return ()
+
+    lax.fori_loop(0, options.turns, multiply, ())
+    plgpu.wgmma_wait(0)
+    plgpu.barrier_arrive(refs.free.at[lax.rem(turn + options.turns - 1, jnp.int32(STAGES))])
+    return accumulator[...]
