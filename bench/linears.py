@@ -28,7 +28,7 @@ from bench import record
 from bench.profile import spans
 from bench.workloads import MACHINES, SHAPES, Shape
 from pallas_kernels.blocks import file_name
-from pallas_kernels.matmul import WIDE_ROWS, Product, many_rows_tile, one_row_tile
+from pallas_kernels.matmul import CLUSTER, WIDE_ROWS, Product, many_rows_tile, one_row_tile
 from pallas_kernels.matmul_one_row import Tile, linear
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows_linear
@@ -210,7 +210,7 @@ def _ours(tile: AnyTile, act, x, weight, around):
     if isinstance(tile, Tile):
         return linear(x, weight, tile=tile, act=act, eps=1e-6, **around)
     if isinstance(tile, WideTile):
-        return wide_linear(x, weight, jnp.full(3, len(x), jnp.int32), act=act, workers=jax.devices()[0].core_count)
+        return wide_linear(x, weight, jnp.full(3, len(x), jnp.int32), act=act, workers=jax.devices()[0].core_count, cluster=CLUSTER)
     return many_rows_linear(x, weight, tile=tile, act=act)
 
 

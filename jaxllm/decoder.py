@@ -4,6 +4,7 @@ N tokens, M rows, Q query heads, K key/value heads, H features a head, D model, 
 is the context's business (`ctx.attend`): the engine's writes pages, DenseContext here sees one whole sequence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, cast
@@ -207,7 +208,8 @@ class Decoder(nnx.Module):
 
     def __call__(self, tokens_N: jax.Array, positions_N: jax.Array, cache: list[KV] | None, ctx: Context) -> tuple[jax.Array, list[KV]]:
         """(hidden [N, D] after the final norm, the cache after this step). `cache` has one entry a layer; None: nothing is kept."""
-        x_ND = self.embed[...][tokens_N]
+        # Of a single token XLA would make a slice, and of a slice of a table that lies on several devices a gathering of all of it.
+        x_ND = self.embed[...][tokens_N] if len(tokens_N) > 1 else self.embed[...][jnp.repeat(tokens_N, 2)][:1]
         x_ND = x_ND * jnp.asarray(self.c.embed_scale, x_ND.dtype)  # rounded first, as Gemma was trained
         if self.positions is not None:
             x_ND += self.positions[...][positions_N + self.c.position_offset]
@@ -225,10 +227,16 @@ class Decoder(nnx.Module):
         """Can all of its blocks run fused, and its last norm?"""
         return self.norm.is_rms and all(block.usual for block in self.blocks)
 
-    def logits(self, hidden_BD: jax.Array) -> jax.Array:
-        """[B, V] float32: sampling compares logits whose differences bfloat16 would round away."""
+    def logits(self, hidden_BD: jax.Array, multiply: Callable[[jax.Array, jax.Array], jax.Array] | None = None) -> jax.Array:
+        """[B, V] float32: sampling compares logits whose differences bfloat16 would round away.
+
+        multiply: what multiplies with the head's weights [V, D], in place of a plain product.
+        """
         weight_VD = self.embed[...] if self.head is None else self.head.weight[...]
-        logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, weight_VD, preferred_element_type=jnp.float32)
+        if multiply is None:
+            logits_BV = jnp.einsum("bd,vd->bv", hidden_BD, weight_VD, preferred_element_type=jnp.float32)
+        else:
+            logits_BV = multiply(hidden_BD, weight_VD)
         if self.head is not None and self.head.bias is not None:
             logits_BV += self.head.bias[...].astype(jnp.float32)
         cap = self.c.logit_softcap

@@ -28,10 +28,14 @@ from jaxllm.patch import Patch
 from jaxllm.plan import Bucket, Plan
 
 ADMITTED = 16  # sequences whose row state one dispatch brings to the device
-# XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing.
-OPTIONS = {"xla_disable_hlo_passes": "rematerialization"}
+# XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing. Nor does it
+# try several kernels for what stands between products: ours are the long ones.
+OPTIONS = {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_experimental_enable_fusion_autotuner": False}
 # Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200).
 LARGE = {"xla_gpu_enable_triton_gemm": False}
+# On Hopper the products that matter are ours, and cuBLAS's first choice is good for the others: nothing is tried, so every start chooses
+# the same kernels, and chooses them at once.
+UNTRIED = LARGE | {"xla_gpu_autotune_level": 0}
 # What XLA may put into a CUDA graph: its usual kinds, and the loop of a repeated step, whose turns the device then counts, the host none.
 GRAPH = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
 REPEATED = {"xla_gpu_enable_command_buffer": GRAPH, "xla_gpu_graph_min_graph_size": 1}  # of which the loop is one
@@ -92,11 +96,12 @@ class RowState:
         return cls(**made)
 
 
-def step_options(bucket: Bucket, plan: Plan) -> dict[str, Any]:
-    """XLA's options for a step, beside those for everything."""
-    if bucket.chunk:  # without Triton, XLA would write the head's weights out in float32 for a single row's next token: 2 GB, the 8B's
-        return LARGE if bucket.rows > 1 else {}
-    return (REPEATED if plan.decode_steps > 1 else {}) | (SHARDED if plan.tensor_parallel_size > 1 else {})
+def step_options(bucket: Bucket, plan: Plan, device: Any) -> dict[str, Any]:
+    """XLA's options for a step on such devices, beside those for everything."""
+    products = UNTRIED if getattr(device, "compute_capability", None) == "9.0" else LARGE if bucket.chunk else {}
+    if bucket.chunk:
+        return products
+    return products | (REPEATED if plan.decode_steps > 1 else {}) | (SHARDED if plan.tensor_parallel_size > 1 else {})
 
 
 def programs(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, patch: Patch | None = None) -> list[Program]:
@@ -133,7 +138,7 @@ class _Programs:
         state = rows.last_S, rows.table_SP, rows.floats_SF, rows.ints_SI
         args = (self.params, cache, *state, inbox, ports, self.patch_shapes())
         out = jax.tree.map(lambda a: a.sharding, cache), *[self.everywhere] * 4
-        options = step_options(bucket, self.plan)
+        options = step_options(bucket, self.plan, self.mesh.devices.item(0))
         precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
         run = precision(partial(self.run_step, bucket))
         return [

@@ -25,7 +25,7 @@ from jaxllm.plan import Bucket, Plan
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
 from jaxllm.scheduler import Sequence
 from jaxllm.sharded import ShardedLinears
-from pallas_kernels import Linears, ManyRows, Rows, Work, linears_for, paged_attention, plan_work, write_kv
+from pallas_kernels import Linears, ManyRows, Rows, Work, head_for, linears_for, paged_attention, plan_work, write_kv
 
 
 @jax.tree_util.register_dataclass
@@ -174,7 +174,11 @@ def _one_step(decoder, plan, mesh, implementation, bucket, table_MP, sampling, p
 
 def _logits(decoder: Decoder, mesh: Mesh, hidden_BD: Array) -> Array:
     """Everywhere, but first each device's part: left to itself, XLA gathers the head's weights on every device, not the logits."""
-    logits_BV = decoder.logits(hidden_BD)
+    head = head_for(mesh.devices.item(0), len(hidden_BD), hidden_BD.dtype)
+    if head is not None:
+        vocab = "vocab" if decoder.c.vocab_size % mesh.size == 0 else None
+        head = on_each(mesh, head, (spec(()), spec((vocab, None))), spec((None, vocab)))
+    logits_BV = decoder.logits(hidden_BD, head)
     for axes in ((None, "vocab"), (None, None)) if mesh.size > 1 else ():
         logits_BV = lax.with_sharding_constraint(logits_BV, sharding(mesh, axes, logits_BV.shape))
     return logits_BV

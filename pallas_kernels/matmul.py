@@ -153,7 +153,8 @@ class ManyRows:
 
     def _live(self, x_ND: Array, weight_FD: Array, **options: Any) -> Array:
         live_3 = jnp.full(3, len(x_ND), jnp.int32) if self.live_3 is None else self.live_3
-        return matmul_sm90_wide.linear(x_ND, weight_FD, live_3, workers=self.cores, interpret=self.interpret, **options)
+        options |= dict(workers=self.cores, cluster=CLUSTER, interpret=self.interpret)
+        return matmul_sm90_wide.linear(x_ND, weight_FD, live_3, **options)
 
     def _tile(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90.Tile | None:
         return many_rows_tile(self.kind, len(x_ND), _product(weight_FD, gated), trial=self.trial)
@@ -161,6 +162,7 @@ class ManyRows:
 
 Linears = OneRow | ManyRows
 WIDE_ROWS = 768  # from here on a product is so many tiles that leaving the empty ones out pays; with fewer, cuBLAS fills the device better
+CLUSTER = 2  # blocks that share the copies of their weights, of such a product
 SMALL = 2**22  # weights of a QKV that is turned in its product's kernel: 0.5B's step is 3.6% shorter so, the 8B's 2% longer (H200)
 
 
@@ -178,6 +180,22 @@ def linears_for(device: Any, rows: int, dtype: Any, *, alone: bool = True, owner
     if capability != "9.0":
         return None
     return ManyRows(device.device_kind, device.core_count, live_3=live(owners) if owners is not None and rows >= WIDE_ROWS else None)
+
+
+def head_for(device: Any, rows: int, dtype: Any) -> Callable[[Array, Array], Array] | None:
+    """How a device multiplies [N, D] with the head's weights [V, D] to float32 logits; None: by a plain product.
+
+    Of one row XLA makes, without Triton's kernels, a sum over a copy of the weights in float32.
+    """
+    capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
+    if rows > 1 or capability is None or float(capability) < 8 or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
+        return None
+
+    def head(x_1D: Array, weight_VD: Array) -> Array:
+        tile = one_row_tile(device.device_kind, _product(weight_VD, False))
+        return matmul_one_row.linear(x_1D, weight_VD, tile=tile, dtype=jnp.float32)
+
+    return head
 
 
 def _plain(x_ND: Array, weight_FD: Array) -> Array:

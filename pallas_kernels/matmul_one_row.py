@@ -11,6 +11,7 @@ F output features of a program, or pairs of them, S inputs of a turn, Q query he
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +40,10 @@ def linear(
     act: Callable[[Array], Array] | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
+    dtype: Any = None,
     interpret: bool = False,
 ) -> Array:
-    """[1, F], or with `act` [1, F / 2]: the second half of the products gated by `act` of the first.
+    """[1, F], or with `act` [1, F / 2]: the second half of the products gated by `act` of the first. dtype: of what comes out, else x's.
 
     norm_D: x is taken over its root mean square (plus eps), times the norm plus offset. residual_1F is added to what comes out.
     """
@@ -50,7 +52,7 @@ def linear(
     return pl.pallas_call(
         partial(_kernel, tile=tile, act=act, eps=eps, offset=offset, names=tuple(extras)),
         grid=(pl.cdiv(features, tile.features),),
-        out_shape=jax.ShapeDtypeStruct((1, features), x_1D.dtype),
+        out_shape=jax.ShapeDtypeStruct((1, features), dtype or x_1D.dtype),
         compiler_params=plt.CompilerParams(num_warps=tile.num_warps, num_stages=1),
         interpret=interpret,
         name="linear_one_row",

@@ -2,8 +2,9 @@
 
 Such a product is bound by arithmetic. A thread block multiplies a tile of rows with a tile of output features: one warpgroup copies their
 inputs into a ring by TMA, two multiply, half of the rows each, and copy their output out while the next tile's inputs are on their way.
-Tiles that are left when every block has had as many as the others are cut into narrower ones, so that all blocks end together. A step's
-shape has more lanes than its rows and prompts fill; which of them are filled is data, and a tile that holds none of those is not computed.
+Two blocks of a cluster may take rows that follow each other, and share the copies of their weights. Tiles that are left when every block
+has had as many as the others are cut into narrower ones, so that all blocks end together. A step's shape has more lanes than its rows and
+prompts fill; which of them are filled is data, and a tile that holds none of those is not computed.
 
 N rows, D inputs, F output features.
 """
@@ -33,17 +34,23 @@ ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 @dataclass(frozen=True)
 class _Options:
-    """What is fixed when the kernel is compiled. halves: 2 if gated. workers: blocks in the grid."""
+    """What is fixed when the kernel is compiled. halves: 2 if gated. workers: clusters in the grid, of `cluster` blocks each."""
 
     act: Callable[[Array], Array] | None
     rows: int
     features: int
     turns: int
     workers: int
+    cluster: int
 
     @property
     def halves(self) -> int:
         return 1 if self.act is None else 2
+
+    @property
+    def high(self) -> int:
+        """Rows of a cluster's tile."""
+        return ROWS * self.cluster
 
     @property
     def wide(self) -> int:
@@ -56,7 +63,7 @@ class _Options:
         return [pieces for pieces in (4, 2) if self.wide // pieces >= LINES]
 
 
-@partial(jax.jit, static_argnames=("act", "workers", "interpret"))
+@partial(jax.jit, static_argnames=("act", "workers", "cluster", "interpret"))
 def linear(
     x_ND: Array,
     weight_FD: Array,
@@ -64,16 +71,19 @@ def linear(
     *,
     act: Callable[[Array], Array] | None = None,
     workers: int,
+    cluster: int = 1,
     interpret: bool = False,
 ) -> Array:
     """x @ weight.T -> [N, F]; with `act`, [N, F / 2]: the second half gated by the first. Numbers are of 16 bits, D is a multiple of 64.
 
     live_3: `work.live`: only rows [0, live[0]) and [live[1], live[2]) matter; some of the others hold anything. workers: thread blocks,
-    one a multiprocessor.
+    one a multiprocessor. cluster: 1, or 2 blocks that share copies.
     """
     rows, inputs = x_ND.shape
     features = weight_FD.shape[0] // (1 if act is None else 2)
-    options = _Options(act, rows, features, inputs // INPUTS, workers)
+    options = _Options(act, rows, features, inputs // INPUTS, workers // cluster, cluster)
+    free: dict[str, Any] = dict(num_arrivals=GROUPS, num_barriers=STAGES)
+    clusters: dict[str, Any] = dict(cluster=(cluster,), cluster_names=("member",)) if cluster > 1 else {}
     return plgpu.kernel(
         partial(_kernel, options),
         out_type=jax.ShapeDtypeStruct((rows, features), x_ND.dtype),
@@ -82,14 +92,15 @@ def linear(
             w_s=plgpu.SMEM((STAGES, WIDE, INPUTS), x_ND.dtype, transforms=TILED),
             o_s=plgpu.SMEM((GROUPS, 2, LINES, LINES), x_ND.dtype, transforms=TILED),
             here=plgpu.Barrier(num_arrivals=1 + options.halves, num_barriers=STAGES),
-            free=plgpu.Barrier(num_arrivals=GROUPS, num_barriers=STAGES),
+            free=plgpu.ClusterBarrier(collective_axes=("member",), **free) if cluster > 1 else plgpu.Barrier(**free),
         ),
-        grid=(workers,),
+        grid=(options.workers,),
         grid_names=("worker",),
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
+        **clusters,
     )(x_ND, weight_FD, live_3)
 
 
@@ -117,9 +128,11 @@ def _tiles(options: _Options, refs, each):
     Gives how many turns of copies that took.
     """
     first, begin, end = (refs.live[i] for i in range(3))
-    head = lax.div(first + ROWS - 1, jnp.int32(ROWS))
-    begin = jnp.maximum(head, lax.div(begin, jnp.int32(ROWS)))
-    high = head + jnp.maximum(lax.div(end + ROWS - 1, jnp.int32(ROWS)) - begin, 0)
+    size, member = jnp.int32(options.high), lax.axis_index("member") if options.cluster > 1 else 0
+    head = lax.div(first + size - 1, size)
+    last = jnp.where(end > begin, lax.div(end + size - 1, size), 0)
+    begin = jnp.maximum(head, lax.div(begin, size))
+    high = head + jnp.maximum(last - begin, 0)
     across, workers, worker = -(-options.features // options.wide), jnp.int32(options.workers), lax.axis_index("worker")
     left, cut = lax.rem(high * across, workers), jnp.int32(1)
     for pieces in reversed(options.cuts):
@@ -130,7 +143,7 @@ def _tiles(options: _Options, refs, each):
         strip = lax.div(index, high * BAND)
         inside, width = index - strip * high * BAND, jnp.minimum(BAND, across - strip * BAND)
         place = lax.div(inside, width)
-        row = jnp.where(place < head, place, begin + place - head) * ROWS
+        row = jnp.where(place < head, place, begin + place - head) * size + member * ROWS
         return row, (strip * BAND + lax.rem(inside, width)) * options.wide
 
     def whole(state):
@@ -159,7 +172,7 @@ def _await_free(refs, turn, _):
 def _fetch_tile(options: _Options, refs, row, feature, turn, wide):
     """Copy a tile's rows and weights into the ring, as stages become free."""
     zeros = plgpu.OOBFillMode.ZEROS
-    outside_x, outside_w = zeros if options.rows % ROWS else None, zeros if options.features % options.wide else None
+    outside_x, outside_w = zeros if options.rows % options.high else None, zeros if options.features % options.wide else None
 
     def fetch(i, _):
         stage = lax.rem(turn + i, jnp.int32(STAGES))
@@ -172,7 +185,8 @@ def _fetch_tile(options: _Options, refs, row, feature, turn, wide):
         plgpu.copy_gmem_to_smem(refs.x.at[pl.ds(row, ROWS), inputs], refs.x_s.at[stage], here, oob_mode=outside_x)
         for half in range(options.halves):  # past the last feature, zeros or the other half's: their products are not stored
             source = refs.w.at[pl.ds(half * options.features + feature, wide), inputs]
-            plgpu.copy_gmem_to_smem(source, refs.w_s.at[stage, pl.ds(half * wide, wide)], here, oob_mode=outside_w)
+            target, shared = refs.w_s.at[stage, pl.ds(half * wide, wide)], "member" if options.cluster > 1 else None
+            plgpu.copy_gmem_to_smem(source, target, here, collective_axes=shared, oob_mode=outside_w)
         return ()
 
     lax.fori_loop(0, options.turns, fetch, ())

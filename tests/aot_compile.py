@@ -40,7 +40,7 @@ from jaxllm.plan import Bucket, Plan
 from jaxllm.programs import OPTIONS, step_options
 from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step
-from pallas_kernels import blocks, matmul_sm90
+from pallas_kernels import blocks, matmul, matmul_sm90, matmul_sm90_wide
 from pallas_kernels.matmul import Product, many_rows_tile
 from pallas_kernels.shapes import CORRECT
 
@@ -130,7 +130,7 @@ def step(
     ports = Ports.shapes(bucket.rows, model, plan)
     sampling = Shape((65, FLOATS), dtype=jnp.float32), ints((65, INTS))
     args = tuple(leaves), cache, ints((65,)), ints((65, plan.max_pages)), *sampling, ints((packed_size(bucket),)), ports
-    options = step_options(bucket, plan)
+    options = step_options(bucket, plan, target.mesh.devices.item(0))
     compiled, thunks = target.compile(run, *args, options=options, donate_argnums=(1, 2, 3, 7) if donate else (), keep_unused=True)
     memory: Any = compiled.memory_analysis()
     pages = cache[0][0]
@@ -160,11 +160,14 @@ def of_8b(target: Target, devices: int, rows: int, chunk: int) -> dict[str, Any]
 
 def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -> dict[str, Any]:
     """One product, by the tile that the device's table has for it."""
+    x, weight = Shape((rows, inputs), jnp.bfloat16), Shape((features * (1 + gated), inputs), jnp.bfloat16)
+    act = jax.nn.silu if gated else None
+    if rows >= matmul.WIDE_ROWS:
+        wide = partial(matmul_sm90_wide.linear, workers=132, cluster=matmul.CLUSTER, act=act)
+        return {"thunks": target.compile(wide, x, weight, Shape((3,), jnp.int32))[1]}
     tile = many_rows_tile(target.kind, rows, Product(features, inputs, gated), trial=True)
     assert tile is not None
-    run = partial(matmul_sm90.linear, tile=tile, act=jax.nn.silu if gated else None)
-    x, weight = Shape((rows, inputs), jnp.bfloat16), Shape((features * (1 + gated), inputs), jnp.bfloat16)
-    return {"thunks": target.compile(run, x, weight)[1]}
+    return {"thunks": target.compile(partial(matmul_sm90.linear, tile=tile, act=act), x, weight)[1]}
 
 
 def spill(target: Target) -> dict[str, Any]:

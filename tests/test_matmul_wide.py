@@ -1,0 +1,172 @@
+"""Products of hundreds of rows and more, whose empty lanes are left out; and one row's logits."""
+
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import on_gpu
+from test_matmul import LLAMA_8B, QWEN_05B, SILU, apart, decoder_mesh, decoder_of, draw, exact, gpu, shaken, step
+
+from jaxllm.parallel import on_each, spec
+from pallas_kernels import Rows, head_for, linears_for, matmul_one_row, matmul_sm90_wide
+from pallas_kernels.matmul import ManyRows
+from pallas_kernels.work import lanes, live
+
+
+def kept(rows: int, filled: tuple[int, int, int] | None) -> np.ndarray:
+    return np.arange(rows) if filled is None else np.r_[0 : filled[0], filled[1] : filled[2]]
+
+
+CASES = {  # rows, features, gated, the filled lanes, blocks, blocks in a cluster
+    "every block has as much": (256, 256, False, None, 2, 1),
+    "two are left, cut in four": (256, 256, False, None, 8, 1),
+    "one is left, cut in two": (128, 256, False, None, 3, 1),
+    "gated, the last one ragged": (256, 320, True, None, 3, 1),
+    "neither rows nor features are whole": (300, 136, True, None, 4, 1),
+    "few rows, a prompt in the middle": (640, 256, False, (40, 256, 300), 4, 1),
+    "rows and prompt share a tile": (640, 256, True, (40, 64, 300), 4, 1),
+    "a prompt alone": (640, 512, False, (0, 64, 65), 7, 1),
+    "no prompt": (640, 512, False, (200, 640, 640), 7, 1),
+    "all is filled": (640, 512, False, (300, 300, 640), 3, 1),
+    "nothing is filled": (256, 256, False, (0, 64, 64), 2, 1),
+    "a cluster": (256, 256, False, None, 2, 2),
+    "clusters, nothing whole": (300, 136, True, None, 4, 2),
+    "clusters, a prompt alone": (640, 512, False, (0, 64, 65), 6, 2),
+    "clusters, rows and prompt": (640, 512, True, (1, 300, 640), 4, 2),
+    "clusters that cut": (640, 512, False, (300, 300, 640), 8, 2),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_filled_lanes_are_multiplied(name, capfd):
+    rows, features, gated, filled, workers, cluster = CASES[name]
+    x, weight = draw(rows, 128), draw(features * (1 + gated), 128, scale=128**-0.5)
+    live_3 = jnp.array(filled or (rows, rows, rows), jnp.int32)
+    options: dict[str, Any] = dict(workers=workers, cluster=cluster, act=SILU if gated else None, interpret=True)
+    found = matmul_sm90_wide.linear(x, weight, live_3, **options)
+    assert found.shape == (rows, features) and "RACE" not in capfd.readouterr().out
+    if len(here := kept(rows, filled)):
+        assert apart(found[here], exact(x, weight, act=gated)[here]) < 6e-3
+
+
+def test_tiles_without_a_filled_lane_are_left_out():
+    """Of five tiles of rows the first, a part of which is filled, and the two that hold the prompt are computed."""
+    x, weight = draw(640, 128), draw(256, 128, scale=128**-0.5)
+    found = matmul_sm90_wide.linear(x, weight, jnp.array([7, 256, 400]), workers=2, interpret=True)
+    right = [bool(np.allclose(np.asarray(found[i : i + 128], float), exact(x[i : i + 128], weight), atol=0.05)) for i in range(0, 640, 128)]
+    assert right == [True, False, True, True, False]
+
+
+def test_a_lane_is_the_same_in_whatever_company():
+    """Same lane, same bits, whatever the others hold and however the tiles are cut: not even their NaN reaches it."""
+    x, weight = draw(256, 128), draw(256, 128)
+    run = partial(matmul_sm90_wide.linear, weight_FD=weight, interpret=True)
+    found = run(x, live_3=jnp.array([256, 256, 256]), workers=2)
+    alone = run(x.at[1:].set(jnp.nan), live_3=jnp.array([1, 256, 256]), workers=4)
+    np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.asarray(alone[0], np.float32))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_live_lanes_are_those_that_some_row_owns(seed):
+    """None that a row owns is left out, and the borders are as tight as they can be."""
+    random = np.random.default_rng(seed)
+    count, chunk = 8, 40
+    length, taken = random.integers(0, 2, count) * random.integers(1, 30, count), np.zeros(count, int)
+    for row in random.permutation(count)[: random.integers(0, 4)]:
+        length[row] = max(length[row], 1)
+        taken[row] = random.integers(1, min(length[row], 9) + 1)
+    start = np.where(taken > 0, np.cumsum(taken) - taken, 0)
+    rows = Rows(jnp.zeros((count, 1), jnp.int32), *(jnp.asarray(a, jnp.int32) for a in (length, start, taken)))
+    owned = np.flatnonzero(np.asarray(lanes(rows, chunk).position_N) >= 0)
+    first, begin, end = np.asarray(live(rows)).tolist()
+    decodes, chunks = owned[owned < count], owned[owned >= count]
+    assert begin == count
+    assert first == (decodes.max() + 1 if len(decodes) else 0) and end == (chunks.max() + 1 if len(chunks) else count)
+
+
+def test_only_products_that_were_measured_are_multiplied_so():
+    rows = Rows(jnp.zeros((1024, 1), jnp.int32), *(jnp.zeros(1024, jnp.int32) for _ in range(3)))
+    for lanes_, wide in ((512, False), (9216, True)):
+        run = linears_for(gpu("9.0"), lanes_, "bfloat16", owners=rows)
+        assert isinstance(run, ManyRows) and (run.live_3 is not None) is wide
+        x: Any = np.broadcast_to(np.zeros(1), (lanes_, 4096))
+        assert [run._wide(x, np.broadcast_to(0.0, (p.features * (1 + p.gated), p.inputs)), p.gated) for p in LLAMA_8B] == [wide] * 4
+    unknown = linears_for(SimpleNamespace(**vars(gpu("9.0")) | {"device_kind": "NVIDIA H100 80GB HBM3"}), 9216, "bfloat16")
+    assert isinstance(unknown, ManyRows) and not unknown._wide(x, np.broadcast_to(0.0, (6144, 4096)))
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_a_decoder_is_the_same_through_them(name, monkeypatch):
+    """Five rows, of which three are filled: logits and pages of those, to what bfloat16 rounds."""
+    monkeypatch.setattr(ManyRows, "_wide", lambda self, x, weight, gated=False: True)
+    decoder = shaken(decoder_of(name))
+    plain, _ = step(decoder, None, 5)
+    linears = ManyRows("cpu", 2, interpret=True, live_3=jnp.array([3, 5, 5], jnp.int32))
+    found, _ = step(decoder, linears, 5)
+    assert apart(found[:3], plain[:3]) < 2e-2
+    linears = ManyRows("cpu", 2, interpret=True, live_3=jnp.array([0, 5, 5], jnp.int32))
+    assert not np.allclose(step(decoder, linears, 5)[0][:3], plain[:3], atol=0.05), "a planted mistake: nobody's lanes are computed"
+
+
+# ---------------------------------------------------------------------- one row's logits
+
+
+def test_one_row_s_logits_keep_float32():
+    hidden, weight = draw(1, 128), draw(1000, 128)
+    found = matmul_one_row.linear(hidden, weight, tile=matmul_one_row.Tile(16, 64, 4), dtype=jnp.float32, interpret=True)
+    assert found.dtype == jnp.float32 and apart(found, exact(hidden, weight)) < 1e-6
+    assert apart(found.astype(jnp.bfloat16), exact(hidden, weight)) > 1e-4, "what rounding would have cost"
+
+
+def test_one_row_of_16_bits_has_a_head_of_its_own():
+    cpu: Any = SimpleNamespace(platform="cpu")
+    assert callable(head_for(gpu("9.0"), 1, "bfloat16")) and callable(head_for(gpu("8.0"), 1, "float16"))
+    for device, rows, dtype in ((gpu("9.0"), 2, "bfloat16"), (gpu("7.5"), 1, "float16"), (gpu("9.0"), 1, "float32"), (cpu, 1, "bfloat16")):
+        assert head_for(device, rows, dtype) is None
+
+
+def test_every_device_makes_its_part_of_one_row_s_logits():
+    mesh, hidden, weight = decoder_mesh(2), draw(1, 128), draw(256, 128)
+    head = partial(matmul_one_row.linear, tile=matmul_one_row.Tile(16, 64, 4), dtype=jnp.float32, interpret=True)
+    found = on_each(mesh, head, (spec(()), spec(("vocab", None))), spec((None, "vocab")))(hidden, weight)
+    assert apart(found, exact(hidden, weight)) < 1e-6
+
+
+# ---------------------------------------------------------------------- on a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_gpu(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("filled", [None, (700, 1024, 1500)], ids=["full", "padded"])
+@pytest.mark.parametrize("product", [*LLAMA_8B, *QWEN_05B], ids=str)
+def test_wide_products_on_a_gpu(product, filled):
+    """Against float32, and the same twice; the stale lanes of a run before must not show."""
+    device, rows = jax.devices()[0], 2304
+    if getattr(device, "compute_capability", None) != "9.0":
+        pytest.skip(f"{device.device_kind} is no Hopper")
+    x, weight = draw(rows, product.inputs), draw(product.features * (1 + product.gated), product.inputs, scale=product.inputs**-0.5)
+    run = partial(matmul_sm90_wide.linear, workers=device.core_count, act=SILU if product.gated else None)
+    meant = np.asarray(jnp.matmul(x.astype(jnp.float32), weight.astype(jnp.float32).T, precision="highest"))
+    if product.gated:
+        gate, up = np.split(meant, 2, axis=1)
+        meant = gate / (1 + np.exp(-gate)) * up
+    here, live_3 = kept(rows, filled), jnp.array(filled or (rows, rows, rows), jnp.int32)
+    for cluster in (1, 2):
+        found = [np.asarray(run(x, weight, live_3, cluster=cluster)[here], np.float32) for _ in range(2)]
+        assert apart(found[0], meant[here]) < 6e-3
+        np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_gpu(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize(("vocabulary", "inputs"), [(128256, 4096), (151936, 896)])
+def test_one_row_s_logits_on_a_gpu(vocabulary, inputs):
+    head = head_for(jax.devices()[0], 1, "bfloat16")
+    assert head is not None
+    hidden, weight = draw(1, inputs), draw(vocabulary, inputs, scale=inputs**-0.5)
+    meant = jnp.matmul(hidden.astype(jnp.float32), weight.astype(jnp.float32).T, precision="highest")
+    assert apart(jax.jit(head)(hidden, weight), meant) < 1e-5
