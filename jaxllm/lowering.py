@@ -129,7 +129,10 @@ def helpers_for(devices: Sequence[Any]) -> int:
 
 
 def lowered(todo: Sequence[Program], options: dict[str, Any], recipe: Recipe, helpers: int = 0) -> Iterator[tuple[Program, Lowered]]:
-    """Each of `todo` once, the first ones begun first. recipe: what they were made from. helpers: at most; less to do, fewer helpers."""
+    """Each of `todo` once, the slowest of which stand first. recipe: what they were made from. helpers: at most; less to do, fewer helpers.
+
+    Helpers begin with the first ones and this process with the last, whose compiling need not wait for the others.
+    """
     with contextlib.closing(_Work(todo, recipe, min(helpers, len(todo) // EACH))) as work:
         for _ in todo:
             program, answer = work.next()
@@ -164,7 +167,7 @@ class _Work:
         while True:
             with contextlib.suppress(queue.Empty):
                 return self._answers.get_nowait()
-            if (program := self._take()) is not None:
+            if (program := self._take(last=bool(self._threads))) is not None:
                 return program, None
             with contextlib.suppress(queue.Empty):
                 return self._answers.get(timeout=PATIENCE_S)
@@ -179,9 +182,9 @@ class _Work:
         for thread in self._threads:
             thread.join()
 
-    def _take(self) -> Program | None:
+    def _take(self, last: bool = False) -> Program | None:
         with contextlib.suppress(IndexError):
-            return self._waiting.popleft()
+            return self._waiting.pop() if last else self._waiting.popleft()
         return None
 
     def _drive(self, process: subprocess.Popen[bytes], described: bytes) -> None:

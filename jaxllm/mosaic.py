@@ -21,7 +21,10 @@ TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32",
 
 
 def kernels(done: Lowered, device: Any) -> dict[bytes, Lowered]:
-    """By the hash of its text, each of Mosaic's kernels in a lowered program as a program, for one device, that holds nothing else."""
+    """By the hash of its text, each of Mosaic's kernels in a lowered program as a program, for one device, that holds nothing else.
+
+    But a kernel with numbers of other TYPES: it is compiled with what holds it.
+    """
     calls: dict[bytes, Any] = {}
 
     def look(op: Any) -> Any:
@@ -31,7 +34,7 @@ def kernels(done: Lowered, device: Any) -> dict[bytes, Lowered]:
 
     inner: Any = done._lowering
     inner.stablehlo().operation.walk(look)
-    return {name: _alone(call, device) for name, call in calls.items()}
+    return {name: _alone(call, device) for name, call in calls.items() if _types(call.operands, call.results) <= TYPES.keys()}
 
 
 def with_text(made: Lowered, stablehlo: bytes) -> Lowered:
@@ -61,6 +64,10 @@ def _module(call: Any) -> Any:
             attributes = {name: call.attributes[name] for name in call.attributes}
             func.ReturnOp(ir.Operation.create(call.name, gives, list(main.arguments), attributes).results)
     return module
+
+
+def _types(*values: Sequence[Any]) -> set[str]:
+    return {str(ir.RankedTensorType(value.type).element_type) for each in values for value in each}
 
 
 def _shapes(values: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:

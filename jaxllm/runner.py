@@ -69,22 +69,23 @@ def _compile(name: str, lowered: Lowered) -> Compiled:
 
 
 def _made(pool: ThreadPoolExecutor, programs: Iterable[tuple[Program, Lowered]], device: Any) -> dict[str, Compiled]:
-    """The executables by name. Mosaic's kernels come first, and programs wait for them, because one stops the other."""
-    kernels: dict[bytes, Future[Compiled]] = {}
-    made: dict[str, Future[Compiled]] = {}
-    waiting: list[tuple[str, Lowered]] = []
+    """The executables by name: while programs come, those without Mosaic's kernels, then all of those kernels, then the programs with them.
+
+    One at a time, because XLA's compiling and Mosaic's keep each other waiting (mosaic.py).
+    """
+    kernels: dict[bytes, Lowered] = {}
+    with_kernels: dict[str, Lowered] = {}
+    without: dict[str, Future[Compiled]] = {}
     for program, done in programs:
-        for text, kernel in mosaic.kernels(done, device).items():
-            if text not in kernels:
-                kernels[text] = pool.submit(_compile, f"kernel {len(kernels)}", kernel)
-        if kernels:
-            waiting.append((program.name, done))
+        if found := mosaic.kernels(done, device):
+            kernels |= found
+            with_kernels[program.name] = done
         else:
-            made[program.name] = pool.submit(_compile, program.name, done)
-    for kernel in kernels.values():
-        kernel.result()
-    made |= {name: pool.submit(_compile, name, done) for name, done in waiting}
-    return {name: future.result() for name, future in made.items()}
+            without[program.name] = pool.submit(_compile, program.name, done)
+    made = {name: future.result() for name, future in without.items()}
+    for _ in pool.map(_compile, [f"kernel {i}" for i in range(len(kernels))], kernels.values()):
+        pass
+    return made | dict(zip(with_kernels, pool.map(_compile, with_kernels, with_kernels.values()), strict=True))
 
 
 class Handle:

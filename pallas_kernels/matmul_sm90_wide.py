@@ -151,7 +151,7 @@ def _tiles(options: _Options, refs, each):
         each(*corner(index), turn, options.wide)
         return index + workers, turn + options.turns
 
-    _, turn = lax.while_loop(lambda state: state[0] < count, whole, (worker, jnp.int32(0)))
+    turn = lax.while_loop(lambda state: state[0] < count, whole, (worker, jnp.int32(0)))[1]
     for pieces in options.cuts:
         mine, wide = (cut == pieces) & (worker < left * pieces), options.wide // pieces
 

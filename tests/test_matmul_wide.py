@@ -88,15 +88,18 @@ def test_live_lanes_are_those_that_some_row_owns(seed):
     assert first == (decodes.max() + 1 if len(decodes) else 0) and end == (chunks.max() + 1 if len(chunks) else count)
 
 
+def shaped(*shape: int) -> Any:
+    return np.broadcast_to(0.0, shape)
+
+
 def test_only_products_that_were_measured_are_multiplied_so():
     rows = Rows(jnp.zeros((1024, 1), jnp.int32), *(jnp.zeros(1024, jnp.int32) for _ in range(3)))
     for lanes_, wide in ((512, False), (9216, True)):
         run = linears_for(gpu("9.0"), lanes_, "bfloat16", owners=rows)
         assert isinstance(run, ManyRows) and (run.live_3 is not None) is wide
-        x: Any = np.broadcast_to(np.zeros(1), (lanes_, 4096))
-        assert [run._wide(x, np.broadcast_to(0.0, (p.features * (1 + p.gated), p.inputs)), p.gated) for p in LLAMA_8B] == [wide] * 4
+        assert [run._wide(shaped(lanes_, 4096), shaped(p.features * (1 + p.gated), p.inputs), p.gated) for p in LLAMA_8B] == [wide] * 4
     unknown = linears_for(SimpleNamespace(**vars(gpu("9.0")) | {"device_kind": "NVIDIA H100 80GB HBM3"}), 9216, "bfloat16")
-    assert isinstance(unknown, ManyRows) and not unknown._wide(x, np.broadcast_to(0.0, (6144, 4096)))
+    assert isinstance(unknown, ManyRows) and not unknown._wide(shaped(9216, 4096), shaped(6144, 4096))
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
@@ -158,7 +161,7 @@ def test_wide_products_on_a_gpu(product, filled):
     for cluster in (1, 2):
         found = [np.asarray(run(x, weight, live_3, cluster=cluster)[here], np.float32) for _ in range(2)]
         assert apart(found[0], meant[here]) < 6e-3
-        np.testing.assert_array_equal(*found)
+        np.testing.assert_array_equal(found[0], found[1])
 
 
 @pytest.mark.gpu
