@@ -28,19 +28,17 @@ from bench import record
 from bench.profile import spans
 from bench.workloads import MACHINES, SHAPES, Shape
 from pallas_kernels.blocks import file_name
-from pallas_kernels.matmul import CLUSTER, WIDE_ROWS, Product, many_rows_tile, one_row_tile
+from pallas_kernels.matmul import WIDE_ROWS, Product, many_rows_tile, one_row_tile, wide_tile
 from pallas_kernels.matmul_one_row import Tile, linear
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows_linear
-from pallas_kernels.matmul_sm90_wide import ROWS as TILE_ROWS
-from pallas_kernels.matmul_sm90_wide import WIDE
+from pallas_kernels.matmul_sm90_wide import Tile as WideTile
 from pallas_kernels.matmul_sm90_wide import linear as wide_linear
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "llama-3.1-8b")
 COLD = 200e6  # bytes of weights between two reads of the same one
 RIGHT = 1e-2  # share of an error that rounding to bfloat16 explains
 WIDEST = 2**15  # weights of a turn: what registers hold
-WORSE = 0.03  # by which a kernel that leaves padding out may be slower than XLA's where there is none: of MIX's lanes, 11% hold no token
 CANDIDATES = [
     Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
     Tile(1, 2048, 2), Tile(1, 4096, 4), Tile(2, 2048, 4), Tile(2, 4096, 8), Tile(1, 8192, 8), Tile(2, 8192, 8), Tile(2, 1024, 2),
@@ -62,14 +60,6 @@ def products(model: str, devices: int = 1) -> dict[str, Product]:
         "gate_up": Product(hidden, shape.hidden, True),
         "down": Product(shape.hidden, hidden),
     }
-
-
-@dataclass(frozen=True)
-class WideTile:
-    """There is but one for hundreds of rows and more."""
-
-    rows: int = TILE_ROWS
-    features: int = WIDE
 
 
 AnyTile = Tile | ManyTile | WideTile
@@ -194,15 +184,13 @@ def compare(
     ]
     for row in found:
         print(f"{name:8} {row['by']:5}", record.describe(row), flush=True)
-    lines = {8: 8, 64: 64, 256: 256}.get(rows)
-    if isinstance(tile, WideTile):
-        lines = WIDE_ROWS if found[1]["value"] < found[0]["value"] * (1 + WORSE) else None
+    lines = WIDE_ROWS if rows >= WIDE_ROWS else {8: 8, 64: 64, 256: 256}.get(rows)
     return found, tuned(product, lines, tile, found[-1]["value"]) if tile is not None and lines else None
 
 
 def _tile(kind: str, rows: int, product: Product, devices: int) -> AnyTile | None:
     if rows >= WIDE_ROWS:
-        return WideTile()
+        return wide_tile(kind, rows, product, trial=True)
     return one_row_tile(kind, product) if (rows, devices) == (1, 1) else many_rows_tile(kind, rows, product, trial=True)
 
 
@@ -210,7 +198,7 @@ def _ours(tile: AnyTile, act, x, weight, around):
     if isinstance(tile, Tile):
         return linear(x, weight, tile=tile, act=act, eps=1e-6, **around)
     if isinstance(tile, WideTile):
-        return wide_linear(x, weight, jnp.full(3, len(x), jnp.int32), act=act, workers=jax.devices()[0].core_count, cluster=CLUSTER)
+        return wide_linear(x, weight, jnp.full(3, len(x), jnp.int32), tile=tile, act=act, workers=jax.devices()[0].core_count)
     return many_rows_linear(x, weight, tile=tile, act=act)
 
 
@@ -223,7 +211,7 @@ def tuned(product: Product, rows: int, tile: AnyTile, us: float) -> dict[str, An
 def write(kind: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     """Puts rows into the device's tuning file, in place of those of the same rows and product."""
     path = folder / file_name(kind)
-    tile = "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks; 768 and more: rows, features"
+    tile = "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks; 768 and more: cluster"
     head = {"device": kind, "tile": tile}
     head["compared"] = "with float32 or more on a GPU; no engine takes the others"
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []

@@ -122,8 +122,8 @@ class ManyRows:
         return Stream(h_ND), normed_ND
 
     def product(self, normed: Any, weight_FD: Array) -> Array:
-        if self._wide(normed, weight_FD):
-            return self._live(normed, weight_FD)[None]
+        if (wide := self._wide(normed, weight_FD)) is not None:
+            return self._live(normed, weight_FD, wide)[None]
         if (tile := self._tile(normed, weight_FD)) is None:
             return _plain(normed, weight_FD)[None]
         return matmul_sm90.linear(normed, weight_FD, tile=tile, interpret=self.interpret)
@@ -134,8 +134,8 @@ class ManyRows:
         return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
 
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
-        if self._wide(normed, weight_FD, gated=True):
-            return self._live(normed, weight_FD, act=act)
+        if (wide := self._wide(normed, weight_FD, gated=True)) is not None:
+            return self._live(normed, weight_FD, wide, act=act)
         if (tile := self._tile(normed, weight_FD, gated=True)) is None:
             gate_NF, up_NF = jnp.split(_plain(normed, weight_FD), 2, axis=1)
             return act(gate_NF) * up_NF
@@ -148,12 +148,12 @@ class ManyRows:
     def finish(self, stream: Stream, norm: Norm) -> Array:
         return self.norm(stream, norm)[1]
 
-    def _wide(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> bool:
-        return len(x_ND) >= WIDE_ROWS and (WIDE_ROWS, _product(weight_FD, gated)) in _measured(self.kind, self.trial)
+    def _wide(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90_wide.Tile | None:
+        return wide_tile(self.kind, len(x_ND), _product(weight_FD, gated), trial=self.trial)
 
-    def _live(self, x_ND: Array, weight_FD: Array, **options: Any) -> Array:
+    def _live(self, x_ND: Array, weight_FD: Array, tile: matmul_sm90_wide.Tile, **options: Any) -> Array:
         live_3 = jnp.full(3, len(x_ND), jnp.int32) if self.live_3 is None else self.live_3
-        options |= dict(workers=self.cores, cluster=CLUSTER, interpret=self.interpret)
+        options |= dict(tile=tile, workers=self.cores, interpret=self.interpret)
         return matmul_sm90_wide.linear(x_ND, weight_FD, live_3, **options)
 
     def _tile(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90.Tile | None:
@@ -162,7 +162,6 @@ class ManyRows:
 
 Linears = OneRow | ManyRows
 WIDE_ROWS = 768  # from here on a product is so many tiles that leaving the empty ones out pays; with fewer, cuBLAS fills the device better
-CLUSTER = 2  # blocks that share the copies of their weights, of such a product
 SMALL = 2**22  # weights of a QKV that is turned in its product's kernel: 0.5B's step is 3.6% shorter so, the 8B's 2% longer (H200)
 
 
@@ -225,6 +224,12 @@ def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = Fals
     lines = 8 if rows <= 16 else 64 if rows <= 128 else 256
     tile = _measured(kind, trial).get((lines, product)) if rows in matmul_sm90.ROWS else None
     return None if tile is None else matmul_sm90.Tile(*tile)
+
+
+def wide_tile(kind: str, rows: int, product: Product, *, trial: bool = False) -> matmul_sm90_wide.Tile | None:
+    """As `many_rows_tile`, of `WIDE_ROWS` rows and more."""
+    tile = _measured(kind, trial).get((WIDE_ROWS, product)) if rows >= WIDE_ROWS else None
+    return None if tile is None else matmul_sm90_wide.Tile(*tile)
 
 
 @cache

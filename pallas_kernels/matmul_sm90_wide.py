@@ -33,6 +33,13 @@ ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
+class Tile:
+    """cluster: 1, or 2 blocks that share the copies of their weights. All else is the same for every product."""
+
+    cluster: int = 1
+
+
+@dataclass(frozen=True)
 class _Options:
     """What is fixed when the kernel is compiled. halves: 2 if gated. workers: clusters in the grid, of `cluster` blocks each."""
 
@@ -63,27 +70,27 @@ class _Options:
         return [pieces for pieces in (4, 2) if self.wide // pieces >= LINES]
 
 
-@partial(jax.jit, static_argnames=("act", "workers", "cluster", "interpret"))
+@partial(jax.jit, static_argnames=("tile", "act", "workers", "interpret"))
 def linear(
     x_ND: Array,
     weight_FD: Array,
     live_3: Array,
     *,
-    act: Callable[[Array], Array] | None = None,
+    tile: Tile,
     workers: int,
-    cluster: int = 1,
+    act: Callable[[Array], Array] | None = None,
     interpret: bool = False,
 ) -> Array:
     """x @ weight.T -> [N, F]; with `act`, [N, F / 2]: the second half gated by the first. Numbers are of 16 bits, D is a multiple of 64.
 
     live_3: `work.live`: only rows [0, live[0]) and [live[1], live[2]) matter; some of the others hold anything. workers: thread blocks,
-    one a multiprocessor. cluster: 1, or 2 blocks that share copies.
+    one a multiprocessor.
     """
     rows, inputs = x_ND.shape
     features = weight_FD.shape[0] // (1 if act is None else 2)
-    options = _Options(act, rows, features, inputs // INPUTS, workers // cluster, cluster)
+    options = _Options(act, rows, features, inputs // INPUTS, workers // tile.cluster, tile.cluster)
     free: dict[str, Any] = dict(num_arrivals=GROUPS, num_barriers=STAGES)
-    clusters: dict[str, Any] = dict(cluster=(cluster,), cluster_names=("member",)) if cluster > 1 else {}
+    clusters: dict[str, Any] = dict(cluster=(tile.cluster,), cluster_names=("member",)) if tile.cluster > 1 else {}
     return plgpu.kernel(
         partial(_kernel, options),
         out_type=jax.ShapeDtypeStruct((rows, features), x_ND.dtype),
@@ -92,7 +99,7 @@ def linear(
             w_s=plgpu.SMEM((STAGES, WIDE, INPUTS), x_ND.dtype, transforms=TILED),
             o_s=plgpu.SMEM((GROUPS, 2, LINES, LINES), x_ND.dtype, transforms=TILED),
             here=plgpu.Barrier(num_arrivals=1 + options.halves, num_barriers=STAGES),
-            free=plgpu.ClusterBarrier(collective_axes=("member",), **free) if cluster > 1 else plgpu.Barrier(**free),
+            free=plgpu.ClusterBarrier(collective_axes=("member",), **free) if tile.cluster > 1 else plgpu.Barrier(**free),
         ),
         grid=(options.workers,),
         grid_names=("worker",),

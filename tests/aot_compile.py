@@ -162,8 +162,8 @@ def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -
     """One product, by the tile that the device's table has for it."""
     x, weight = Shape((rows, inputs), jnp.bfloat16), Shape((features * (1 + gated), inputs), jnp.bfloat16)
     act = jax.nn.silu if gated else None
-    if rows >= matmul.WIDE_ROWS:
-        wide = partial(matmul_sm90_wide.linear, workers=132, cluster=matmul.CLUSTER, act=act)
+    if (wide_tile := matmul.wide_tile(target.kind, rows, Product(features, inputs, gated), trial=True)) is not None:
+        wide = partial(matmul_sm90_wide.linear, tile=wide_tile, workers=132, act=act)
         return {"thunks": target.compile(wide, x, weight, Shape((3,), jnp.int32))[1]}
     tile = many_rows_tile(target.kind, rows, Product(features, inputs, gated), trial=True)
     assert tile is not None

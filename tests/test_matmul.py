@@ -212,7 +212,7 @@ def test_every_measured_tile_fits():
         if lines == 1:
             continue
         if lines == matmul.WIDE_ROWS:
-            assert tile == [matmul_sm90_wide.ROWS, matmul_sm90_wide.WIDE] and product.inputs % matmul_sm90_wide.INPUTS == 0
+            assert tile in ([1], [2]) and product.inputs % matmul_sm90_wide.INPUTS == 0
             continue
         for rows in {8: (2, 4, 8, 16), 64: (32, 64, 128), 256: (256,)}[lines]:
             found, halves = many_rows_tile("NVIDIA H200", rows, product, trial=True), 1 + product.gated

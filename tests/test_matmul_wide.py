@@ -14,6 +14,7 @@ from test_matmul import LLAMA_8B, QWEN_05B, SILU, apart, decoder_mesh, decoder_o
 from jaxllm.parallel import on_each, spec
 from pallas_kernels import Rows, head_for, linears_for, matmul_one_row, matmul_sm90_wide
 from pallas_kernels.matmul import ManyRows
+from pallas_kernels.matmul_sm90_wide import Tile
 from pallas_kernels.work import lanes, live
 
 
@@ -46,7 +47,7 @@ def test_filled_lanes_are_multiplied(name, capfd):
     rows, features, gated, filled, workers, cluster = CASES[name]
     x, weight = draw(rows, 128), draw(features * (1 + gated), 128, scale=128**-0.5)
     live_3 = jnp.array(filled or (rows, rows, rows), jnp.int32)
-    options: dict[str, Any] = dict(workers=workers, cluster=cluster, act=SILU if gated else None, interpret=True)
+    options: dict[str, Any] = dict(tile=Tile(cluster), workers=workers, act=SILU if gated else None, interpret=True)
     found = matmul_sm90_wide.linear(x, weight, live_3, **options)
     assert found.shape == (rows, features) and "RACE" not in capfd.readouterr().out
     if len(here := kept(rows, filled)):
@@ -56,7 +57,7 @@ def test_filled_lanes_are_multiplied(name, capfd):
 def test_tiles_without_a_filled_lane_are_left_out():
     """Of five tiles of rows the first, a part of which is filled, and the two that hold the prompt are computed."""
     x, weight = draw(640, 128), draw(256, 128, scale=128**-0.5)
-    found = matmul_sm90_wide.linear(x, weight, jnp.array([7, 256, 400]), workers=2, interpret=True)
+    found = matmul_sm90_wide.linear(x, weight, jnp.array([7, 256, 400]), tile=Tile(), workers=2, interpret=True)
     right = [bool(np.allclose(np.asarray(found[i : i + 128], float), exact(x[i : i + 128], weight), atol=0.05)) for i in range(0, 640, 128)]
     assert right == [True, False, True, True, False]
 
@@ -64,7 +65,7 @@ def test_tiles_without_a_filled_lane_are_left_out():
 def test_a_lane_is_the_same_in_whatever_company():
     """Same lane, same bits, whatever the others hold and however the tiles are cut: not even their NaN reaches it."""
     x, weight = draw(256, 128), draw(256, 128)
-    run = partial(matmul_sm90_wide.linear, weight_FD=weight, interpret=True)
+    run = partial(matmul_sm90_wide.linear, weight_FD=weight, tile=Tile(), interpret=True)
     found = run(x, live_3=jnp.array([256, 256, 256]), workers=2)
     alone = run(x.at[1:].set(jnp.nan), live_3=jnp.array([1, 256, 256]), workers=4)
     np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.asarray(alone[0], np.float32))
@@ -97,15 +98,16 @@ def test_only_products_that_were_measured_are_multiplied_so():
     for lanes_, wide in ((512, False), (9216, True)):
         run = linears_for(gpu("9.0"), lanes_, "bfloat16", owners=rows)
         assert isinstance(run, ManyRows) and (run.live_3 is not None) is wide
-        assert [run._wide(shaped(lanes_, 4096), shaped(p.features * (1 + p.gated), p.inputs), p.gated) for p in LLAMA_8B] == [wide] * 4
+        tiles = [run._wide(shaped(lanes_, 4096), shaped(p.features * (1 + p.gated), p.inputs), p.gated) for p in LLAMA_8B]
+        assert tiles == [Tile(2) if wide else None] * 4
     unknown = linears_for(SimpleNamespace(**vars(gpu("9.0")) | {"device_kind": "NVIDIA H100 80GB HBM3"}), 9216, "bfloat16")
-    assert isinstance(unknown, ManyRows) and not unknown._wide(shaped(9216, 4096), shaped(6144, 4096))
+    assert isinstance(unknown, ManyRows) and unknown._wide(shaped(9216, 4096), shaped(6144, 4096)) is None
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_a_decoder_is_the_same_through_them(name, monkeypatch):
     """Five rows, of which three are filled: logits and pages of those, to what bfloat16 rounds."""
-    monkeypatch.setattr(ManyRows, "_wide", lambda self, x, weight, gated=False: True)
+    monkeypatch.setattr(ManyRows, "_wide", lambda self, x, weight, gated=False: Tile())
     decoder = shaken(decoder_of(name))
     plain, _ = step(decoder, None, 5)
     linears = ManyRows("cpu", 2, interpret=True, live_3=jnp.array([3, 5, 5], jnp.int32))
@@ -159,7 +161,7 @@ def test_wide_products_on_a_gpu(product, filled):
         meant = gate / (1 + np.exp(-gate)) * up
     here, live_3 = kept(rows, filled), jnp.array(filled or (rows, rows, rows), jnp.int32)
     for cluster in (1, 2):
-        found = [np.asarray(run(x, weight, live_3, cluster=cluster)[here], np.float32) for _ in range(2)]
+        found = [np.asarray(run(x, weight, live_3, tile=Tile(cluster))[here], np.float32) for _ in range(2)]
         assert apart(found[0], meant[here]) < 6e-3
         np.testing.assert_array_equal(found[0], found[1])
 
