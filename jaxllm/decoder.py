@@ -18,7 +18,7 @@ from jaxllm import parallel
 from jaxllm.layers import ACTIVATIONS, MLP, Fused, Linear, MoE, Norm, Source, rotation, turn
 from jaxllm.patch import Patching
 from jaxllm.sharded import ShardedLinears
-from pallas_kernels import Linears, Stream
+from pallas_kernels import Linears, Product, Stream
 
 GATES = ("silu", "gelu_tanh")  # activations that the compilers of the fused kernels know
 KV = Any  # one layer's cache, as its context understands it: a pair of page arrays, or None
@@ -162,6 +162,19 @@ class Block(nnx.Module):
         x, normed = run.norm(x, self.mlp_in.rms())
         hidden_NF = run.gated(normed, mlp.inputs.weight[...], ACTIVATIONS[mlp.act])
         return run.add(x, hidden_NF, mlp.down.weight[...]), kv
+
+    def products(self, devices: int) -> list[Product]:
+        """A device's part of the four products of a usual block."""
+        attn, mlp = self.attn, self.mlp
+        assert isinstance(mlp, MLP)
+        (qkv, width), (hidden, _) = attn.qkv.weight.shape, mlp.inputs.weight.shape
+        o, down = attn.o.weight.shape[1], mlp.down.weight.shape[1]
+        parts = [(qkv, width, False), (width, o, False), (hidden // 2, width, True), (width, down, False)]
+        split = [(True, False), (False, True), (True, False), (False, True)]  # features, or inputs
+        return [
+            Product(features // (devices if by_features else 1), inputs // (devices if by_inputs else 1), gated)
+            for (features, inputs, gated), (by_features, by_inputs) in zip(parts, split, strict=True)
+        ]
 
     @property
     def usual(self) -> bool:

@@ -33,9 +33,10 @@ ADMITTED = 16  # sequences whose row state one dispatch brings to the device
 OPTIONS = {"xla_disable_hlo_passes": "rematerialization", "xla_gpu_experimental_enable_fusion_autotuner": False}
 # Prompts' large products are cuBLAS's: compiling and trying Triton's kernels for each of them gained nothing (8B MIX, H200).
 LARGE = {"xla_gpu_enable_triton_gemm": False}
-# On Hopper the products that matter are ours, and cuBLAS's first choice is good for the others: nothing is tried, so every start chooses
-# the same kernels, and chooses them at once.
+# Nor does trying cuBLAS's own gain anything, on Hopper from so many rows on (8B and 0.5B, H200), and where a step's layers are all ours.
+# Then every start takes the same kernels, and has them at once.
 UNTRIED = LARGE | {"xla_gpu_autotune_level": 0}
+UNTRIED_ROWS = 256
 # What XLA may put into a CUDA graph: its usual kinds, and the loop of a repeated step, whose turns the device then counts, the host none.
 GRAPH = "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,CONDITIONAL,DYNAMIC_SLICE_FUSION,WHILE"
 REPEATED = {"xla_gpu_enable_command_buffer": GRAPH, "xla_gpu_graph_min_graph_size": 1}  # of which the loop is one
@@ -96,9 +97,10 @@ class RowState:
         return cls(**made)
 
 
-def step_options(bucket: Bucket, plan: Plan, device: Any) -> dict[str, Any]:
-    """XLA's options for a step on such devices, beside those for everything."""
-    products = UNTRIED if getattr(device, "compute_capability", None) == "9.0" else LARGE if bucket.chunk else {}
+def step_options(bucket: Bucket, plan: Plan, device: Any, ours: bool) -> dict[str, Any]:
+    """XLA's options for a step on such devices, beside those for everything. ours: see `step.ours`."""
+    many = bucket.rows + bucket.chunk >= UNTRIED_ROWS and getattr(device, "compute_capability", None) == "9.0"
+    products = UNTRIED if ours or many else LARGE if bucket.chunk else {}
     if bucket.chunk:
         return products
     return products | (REPEATED if plan.decode_steps > 1 else {}) | (SHARDED if plan.tensor_parallel_size > 1 else {})
@@ -113,6 +115,7 @@ class _Programs:
     def __init__(self, decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, patch: Patch | None):
         self.plan, self.model, self.patch = plan, decoder.c, patch
         self.mesh, self.implementation = mesh, implementation
+        self.decoder = decoder
         self.graph, state = nnx.split(decoder)
         leaves, self.tree = jax.tree.flatten(state)
         self.params = tuple(leaves)
@@ -138,7 +141,8 @@ class _Programs:
         state = rows.last_S, rows.table_SP, rows.floats_SF, rows.ints_SI
         args = (self.params, cache, *state, inbox, ports, self.patch_shapes())
         out = jax.tree.map(lambda a: a.sharding, cache), *[self.everywhere] * 4
-        options = step_options(bucket, self.plan, self.mesh.devices.item(0))
+        ours = device.ours(self.decoder, self.plan, self.mesh, self.implementation, bucket, self.patch)
+        options = step_options(bucket, self.plan, self.mesh.devices.item(0), ours)
         precision = jax.default_matmul_precision("highest" if self.plan.dtype == "float32" else "default")
         run = precision(partial(self.run_step, bucket))
         return [

@@ -185,7 +185,7 @@ def _logits(decoder: Decoder, mesh: Mesh, hidden_BD: Array) -> Array:
 
 
 def _linears(
-    decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket, owners: Rows
+    decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket, owners: Rows | None
 ) -> Linears | ShardedLinears | None:
     """How this step's layers multiply."""
     if implementation == "reference" or plan.page_dtype != plan.dtype or not decoder.usual:
@@ -193,6 +193,14 @@ def _linears(
     alone = mesh.size == 1
     each = linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, alone=alone, owners=owners if alone else None)
     return ShardedLinears(each, mesh) if mesh.size > 1 and isinstance(each, ManyRows) else each
+
+
+def ours(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket, patch: Patch | None = None) -> bool:
+    """Are all products of this step's layers kernels of ours?"""
+    linears = _linears(decoder, plan, mesh, implementation, bucket, None) if patch is None else None
+    each = linears.each if isinstance(linears, ShardedLinears) else linears
+    products = {product for block in decoder.blocks for product in block.products(mesh.size)} if each else set()
+    return each is not None and each.covers(bucket.rows + bucket.chunk, products)
 
 
 def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:

@@ -12,7 +12,7 @@ N rows, D model, F features of a product, P parts.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -89,6 +89,10 @@ class OneRow:
         """The stream with a product added."""
         return Stream(self._linear(x_NF, weight_DF, residual_1F=stream.h_ND))
 
+    def covers(self, rows: int, products: Iterable[Product]) -> bool:
+        """Are all of these products a kernel's of ours?"""
+        return True
+
     def finish(self, stream: Stream, norm: Norm) -> Array:
         """The stream normed, as an array."""
         return join(*stream, norm.weight_D, eps=norm.eps, offset=norm.offset, interpret=self.interpret)[1]
@@ -144,6 +148,10 @@ class ManyRows:
     def add(self, stream: Stream, x_NF: Array, weight_DF: Array) -> Stream:
         assert stream.parts_PND is None, "a norm comes between two sums"
         return Stream(stream.h_ND, self.product(x_NF, weight_DF))
+
+    def covers(self, rows: int, products: Iterable[Product]) -> bool:
+        tile = wide_tile if rows >= WIDE_ROWS else many_rows_tile
+        return all(tile(self.kind, rows, product, trial=self.trial) is not None for product in products)
 
     def finish(self, stream: Stream, norm: Norm) -> Array:
         return self.norm(stream, norm)[1]

@@ -39,7 +39,7 @@ from jaxllm.parallel import make_mesh
 from jaxllm.plan import Bucket, Plan
 from jaxllm.programs import OPTIONS, step_options
 from jaxllm.sample import FLOATS, INTS
-from jaxllm.step import Ports, model_step
+from jaxllm.step import Ports, model_step, ours
 from pallas_kernels import blocks, matmul, matmul_sm90, matmul_sm90_wide
 from pallas_kernels.matmul import Product, many_rows_tile
 from pallas_kernels.shapes import CORRECT
@@ -130,7 +130,7 @@ def step(
     ports = Ports.shapes(bucket.rows, model, plan)
     sampling = Shape((65, FLOATS), dtype=jnp.float32), ints((65, INTS))
     args = tuple(leaves), cache, ints((65,)), ints((65, plan.max_pages)), *sampling, ints((packed_size(bucket),)), ports
-    options = step_options(bucket, plan, target.mesh.devices.item(0))
+    options = step_options(bucket, plan, target.mesh.devices.item(0), ours(decoder, plan, target.mesh, implementation, bucket))
     compiled, thunks = target.compile(run, *args, options=options, donate_argnums=(1, 2, 3, 7) if donate else (), keep_unused=True)
     memory: Any = compiled.memory_analysis()
     pages = cache[0][0]

@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from attention_oracle import on_gpu
+from engines import make_plan
 from test_matmul import LLAMA_8B, QWEN_05B, SILU, apart, decoder_mesh, decoder_of, draw, exact, gpu, shaken, step
 
 from jaxllm.parallel import on_each, spec
+from jaxllm.plan import Bucket
+from jaxllm.programs import step_options
 from pallas_kernels import Rows, head_for, linears_for, matmul_one_row, matmul_sm90_wide
-from pallas_kernels.matmul import ManyRows
+from pallas_kernels.matmul import ManyRows, Product
 from pallas_kernels.matmul_sm90_wide import Tile
 from pallas_kernels.work import lanes, live
 
@@ -115,6 +118,45 @@ def test_a_decoder_is_the_same_through_them(name, monkeypatch):
     assert apart(found[:3], plain[:3]) < 2e-2
     linears = ManyRows("cpu", 2, interpret=True, live_3=jnp.array([0, 5, 5], jnp.int32))
     assert not np.allclose(step(decoder, linears, 5)[0][:3], plain[:3], atol=0.05), "a planted mistake: nobody's lanes are computed"
+
+
+# ---------------------------------------------------------------------- what XLA is to try kernels for
+
+
+def test_a_block_names_its_products():
+    """As its weights are, and as a device has them."""
+    qkv, hidden = 128 + 2 * 64, 128
+    block = decoder_of("qwen2").blocks[0]
+    assert block.products(1) == [Product(qkv, 128), Product(128, 128), Product(hidden, 128, True), Product(128, hidden)]
+    assert block.products(2) == [Product(qkv // 2, 128), Product(128, 64), Product(hidden // 2, 128, True), Product(128, hidden // 2)]
+
+
+@pytest.mark.parametrize(
+    ("rows", "products", "covered"),
+    [
+        *[(64, LLAMA_8B, True), (256, LLAMA_8B, False), (512, LLAMA_8B, False), (9216, LLAMA_8B, True), (256, QWEN_05B, True)],
+        *[(64, [*LLAMA_8B, Product(3584, 3584)], False), (9216, QWEN_05B, False), (64, [Product(3072, 4096)], True)],
+    ],
+)
+def test_a_step_is_ours_if_all_its_products_are(rows, products, covered):
+    assert ManyRows("NVIDIA H200", 132).covers(rows, products) is covered
+
+
+def test_nothing_is_tried_for_products_that_are_ours_or_cublas_is_good_at():
+    plan = make_plan(decode_steps=1)
+    cases = {  # device, rows, prompt tokens, ours: is Triton left out, is nothing tried?
+        ("9.0", 64, 0, True): (True, True),
+        ("9.0", 64, 0, False): (False, False),
+        ("9.0", 256, 0, False): (True, True),
+        ("9.0", 1, 448, False): (True, True),
+        ("8.0", 1, 0, True): (True, True),
+        ("8.0", 256, 0, False): (False, False),
+        ("8.0", 64, 448, False): (True, False),
+    }
+    for (capability, rows, chunk, ours), wanted in cases.items():
+        options = step_options(Bucket(chunk, rows), plan, gpu(capability), ours)
+        assert ("xla_gpu_enable_triton_gemm" in options, "xla_gpu_autotune_level" in options) == wanted, (capability, rows, chunk, ours)
+        assert not options.get("xla_gpu_enable_triton_gemm") and not options.get("xla_gpu_autotune_level")
 
 
 # ---------------------------------------------------------------------- one row's logits
