@@ -31,17 +31,17 @@ CASES = {  # rows, features, gated, the filled lanes, blocks, blocks in a cluste
     "one is left, cut in two": (128, 256, False, None, 3, 1),
     "gated, the last one ragged": (256, 320, True, None, 3, 1),
     "neither rows nor features are whole": (300, 136, True, None, 4, 1),
-    "few rows, a prompt in the middle": (640, 256, False, (40, 256, 300), 4, 1),
-    "rows and prompt share a tile": (640, 256, True, (40, 64, 300), 4, 1),
-    "a prompt alone": (640, 512, False, (0, 64, 65), 7, 1),
-    "no prompt": (640, 512, False, (200, 640, 640), 7, 1),
-    "all is filled": (640, 512, False, (300, 300, 640), 3, 1),
+    "few rows, a prompt in the middle": (512, 256, False, (40, 256, 300), 4, 1),
+    "rows and prompt share a tile": (384, 128, True, (40, 64, 300), 4, 1),
+    "a prompt alone": (384, 256, False, (0, 64, 65), 7, 1),
+    "no prompt": (384, 256, False, (200, 384, 384), 7, 1),
+    "all is filled": (384, 256, False, (300, 300, 384), 3, 1),
     "nothing is filled": (256, 256, False, (0, 64, 64), 2, 1),
     "a cluster": (256, 256, False, None, 2, 2),
     "clusters, nothing whole": (300, 136, True, None, 4, 2),
-    "clusters, a prompt alone": (640, 512, False, (0, 64, 65), 6, 2),
-    "clusters, rows and prompt": (640, 512, True, (1, 300, 640), 4, 2),
-    "clusters that cut": (640, 512, False, (300, 300, 640), 8, 2),
+    "clusters, a prompt alone": (512, 256, False, (0, 64, 65), 6, 2),
+    "clusters, rows and prompt": (512, 256, True, (1, 300, 512), 4, 2),
+    "clusters that cut": (512, 256, False, (300, 300, 512), 8, 2),
 }
 
 
@@ -107,11 +107,10 @@ def test_only_products_that_were_measured_are_multiplied_so():
     assert isinstance(unknown, ManyRows) and unknown._wide(shaped(9216, 4096), shaped(6144, 4096)) is None
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
-def test_a_decoder_is_the_same_through_them(name, monkeypatch):
+def test_a_decoder_is_the_same_through_them(monkeypatch):
     """Five rows, of which three are filled: logits and pages of those, to what bfloat16 rounds."""
     monkeypatch.setattr(ManyRows, "_wide", lambda self, x, weight, gated=False: Tile())
-    decoder = shaken(decoder_of(name))
+    decoder = shaken(decoder_of("qwen2"))
     plain, _ = step(decoder, None, 5)
     linears = ManyRows("cpu", 2, interpret=True, live_3=jnp.array([3, 5, 5], jnp.int32))
     found, _ = step(decoder, linears, 5)
