@@ -28,7 +28,7 @@ from bench import record
 from bench.profile import spans
 from bench.workloads import MACHINES, SHAPES, Shape
 from pallas_kernels.blocks import file_name
-from pallas_kernels.matmul import WIDE_ROWS, Product, many_rows_tile, one_row_tile, wide_tile
+from pallas_kernels.matmul import WIDE_ROWS, Product, many_rows_tile, one_row_tile
 from pallas_kernels.matmul_one_row import Tile, linear
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows_linear
@@ -173,7 +173,7 @@ def compare(
     call, floor = Call.draw(product, name, rows), record.rounded(1e6 * Call.bytes(product) / MACHINES[kind].read)
     common = {"model": model, "product": name, "batch": rows, "dtype": "bfloat16", "tp": devices, "limit": floor}
     runs = {"xla": compiled(call, lambda x, weight, around: jnp.einsum("nd,fd->nf", x, weight))}
-    tile = _tile(kind, rows, product, devices)
+    tile = one_row_tile(kind, product) if (rows, devices) == (1, 1) else many_rows_tile(kind, rows, product, trial=True)
     if tile is not None:
         runs["ours"] = compiled(call, partial(_ours, tile, call.act))
         made = np.asarray(runs["ours"](call.x, call.weights[0], call.around), np.float64)
@@ -186,12 +186,6 @@ def compare(
         print(f"{name:8} {row['by']:5}", record.describe(row), flush=True)
     lines = WIDE_ROWS if rows >= WIDE_ROWS else {8: 8, 64: 64, 256: 256}.get(rows)
     return found, tuned(product, lines, tile, found[-1]["value"]) if tile is not None and lines else None
-
-
-def _tile(kind: str, rows: int, product: Product, devices: int) -> AnyTile | None:
-    if rows >= WIDE_ROWS:
-        return wide_tile(kind, rows, product, trial=True)
-    return one_row_tile(kind, product) if (rows, devices) == (1, 1) else many_rows_tile(kind, rows, product, trial=True)
 
 
 def _ours(tile: AnyTile, act, x, weight, around):

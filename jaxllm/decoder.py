@@ -168,13 +168,8 @@ class Block(nnx.Module):
         attn, mlp = self.attn, self.mlp
         assert isinstance(mlp, MLP)
         (qkv, width), (hidden, _) = attn.qkv.weight.shape, mlp.inputs.weight.shape
-        o, down = attn.o.weight.shape[1], mlp.down.weight.shape[1]
-        parts = [(qkv, width, False), (width, o, False), (hidden // 2, width, True), (width, down, False)]
-        split = [(True, False), (False, True), (True, False), (False, True)]  # features, or inputs
-        return [
-            Product(features // (devices if by_features else 1), inputs // (devices if by_inputs else 1), gated)
-            for (features, inputs, gated), (by_features, by_inputs) in zip(parts, split, strict=True)
-        ]
+        heads, gated = attn.o.weight.shape[1] // devices, hidden // 2 // devices
+        return [Product(qkv // devices, width), Product(width, heads), Product(gated, width, True), Product(width, gated)]
 
     @property
     def usual(self) -> bool:

@@ -16,6 +16,8 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import func
 from jax.stages import Lowered
 
+from jaxllm.lowering import with_text
+
 CALL = "mosaic_gpu_v2"
 TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32", "f8E4M3FN": "float8_e4m3fn"}
 
@@ -23,7 +25,7 @@ TYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16", "i32": "int32",
 def kernels(done: Lowered, device: Any) -> dict[bytes, Lowered]:
     """By the hash of its text, each of Mosaic's kernels in a lowered program as a program, for one device, that holds nothing else.
 
-    But a kernel with numbers of other TYPES: it is compiled with what holds it.
+    A kernel with numbers of other than TYPES is left out, and compiled with what holds it.
     """
     calls: dict[bytes, Any] = {}
 
@@ -32,16 +34,9 @@ def kernels(done: Lowered, device: Any) -> dict[bytes, Lowered]:
             calls[ir.StringAttr(ir.DictAttr(op.attributes["mhlo.backend_config"])["kernel_hash"]).value_bytes] = op
         return ir.WalkResult.ADVANCE
 
-    inner: Any = done._lowering
-    inner.stablehlo().operation.walk(look)
+    text: Any = done.compiler_ir("stablehlo")
+    text.operation.walk(look)
     return {name: _alone(call, device) for name, call in calls.items() if _types(call.operands, call.results) <= TYPES.keys()}
-
-
-def with_text(made: Lowered, stablehlo: bytes) -> Lowered:
-    """`made`, which takes and gives the same, with this text in place of its own. No public way leads from a text to a compiled program."""
-    inner: Any = made._lowering
-    inner._hlo = type(inner._hlo).parse(stablehlo, inner._hlo.context)
-    return made
 
 
 def _alone(call: Any, device: Any) -> Lowered:

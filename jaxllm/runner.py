@@ -83,8 +83,7 @@ def _made(pool: ThreadPoolExecutor, programs: Iterable[tuple[Program, Lowered]],
         else:
             without[program.name] = pool.submit(_compile, program.name, done)
     made = {name: future.result() for name, future in without.items()}
-    for _ in pool.map(_compile, [f"kernel {i}" for i in range(len(kernels))], kernels.values()):
-        pass
+    list(pool.map(_compile, [f"kernel {i}" for i in range(len(kernels))], kernels.values()))
     return made | dict(zip(with_kernels, pool.map(_compile, with_kernels, with_kernels.values()), strict=True))
 
 

@@ -1,7 +1,7 @@
-"""The linear layers of a decode step, with what stands around them: norms, biases, activation, residual, rotary turn and KV write.
+"""The linear layers of a step, with what stands around them: norms, biases, activation, residual, rotary turn and KV write.
 
-Such a step is bound by the bytes of its weights and by the number of its kernels. Two ways share one set of verbs, so that a decoder layer
-reads the same in both; `linears_for` says which one a step takes, if any, and there is no third place where that is decided.
+A decode step is bound by the bytes of its weights and by the number of its kernels. Two ways share one set of verbs, so that a decoder
+layer reads the same in both; `linears_for` says which one a step takes, if any, and there is no third place where that is decided.
 
 - `OneRow`: a norm is part of the product it feeds, and a residual of the product that it is added to.
 - `ManyRows` (Hopper): products leave parts; whoever reads a product sums them, which for the residual stream is also the next norm. From
@@ -126,11 +126,8 @@ class ManyRows:
         return Stream(h_ND), normed_ND
 
     def product(self, normed: Any, weight_FD: Array) -> Array:
-        if (wide := self._wide(normed, weight_FD)) is not None:
-            return self._live(normed, weight_FD, wide)[None]
-        if (tile := self._tile(normed, weight_FD)) is None:
-            return _plain(normed, weight_FD)[None]
-        return matmul_sm90.linear(normed, weight_FD, tile=tile, interpret=self.interpret)
+        made = self._ours(normed, weight_FD)
+        return _plain(normed, weight_FD)[None] if made is None else made
 
     def heads(
         self, normed: Any, weight_FD: Array, k_pages: Array, v_pages: Array, slot_N: Array, **options: Any
@@ -138,34 +135,30 @@ class ManyRows:
         return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
 
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
-        if (wide := self._wide(normed, weight_FD, gated=True)) is not None:
-            return self._live(normed, weight_FD, wide, act=act)
-        if (tile := self._tile(normed, weight_FD, gated=True)) is None:
-            gate_NF, up_NF = jnp.split(_plain(normed, weight_FD), 2, axis=1)
-            return act(gate_NF) * up_NF
-        return matmul_sm90.linear(normed, weight_FD, tile=tile, act=act, interpret=self.interpret)[0]
+        if (made := self._ours(normed, weight_FD, act)) is not None:
+            return made[0]
+        gate_NF, up_NF = jnp.split(_plain(normed, weight_FD), 2, axis=1)
+        return act(gate_NF) * up_NF
 
     def add(self, stream: Stream, x_NF: Array, weight_DF: Array) -> Stream:
         assert stream.parts_PND is None, "a norm comes between two sums"
         return Stream(stream.h_ND, self.product(x_NF, weight_DF))
 
     def covers(self, rows: int, products: Iterable[Product]) -> bool:
-        tile = wide_tile if rows >= WIDE_ROWS else many_rows_tile
-        return all(tile(self.kind, rows, product, trial=self.trial) is not None for product in products)
+        return all(many_rows_tile(self.kind, rows, product, trial=self.trial) is not None for product in products)
 
     def finish(self, stream: Stream, norm: Norm) -> Array:
         return self.norm(stream, norm)[1]
 
-    def _wide(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90_wide.Tile | None:
-        return wide_tile(self.kind, len(x_ND), _product(weight_FD, gated), trial=self.trial)
-
-    def _live(self, x_ND: Array, weight_FD: Array, tile: matmul_sm90_wide.Tile, **options: Any) -> Array:
+    def _ours(self, x_ND: Array, weight_FD: Array, act: Callable[[Array], Array] | None = None) -> Array | None:
+        """[P, N, F] by a kernel of ours; None: by XLA's."""
+        tile = many_rows_tile(self.kind, len(x_ND), _product(weight_FD, act is not None), trial=self.trial)
+        if tile is None:
+            return None
+        if isinstance(tile, matmul_sm90.Tile):
+            return matmul_sm90.linear(x_ND, weight_FD, tile=tile, act=act, interpret=self.interpret)
         live_3 = jnp.full(3, len(x_ND), jnp.int32) if self.live_3 is None else self.live_3
-        options |= dict(tile=tile, workers=self.cores, interpret=self.interpret)
-        return matmul_sm90_wide.linear(x_ND, weight_FD, live_3, **options)
-
-    def _tile(self, x_ND: Array, weight_FD: Array, gated: bool = False) -> matmul_sm90.Tile | None:
-        return many_rows_tile(self.kind, len(x_ND), _product(weight_FD, gated), trial=self.trial)
+        return matmul_sm90_wide.linear(x_ND, weight_FD, live_3, tile=tile, workers=self.cores, act=act, interpret=self.interpret)[None]
 
 
 Linears = OneRow | ManyRows
@@ -224,20 +217,15 @@ def one_row_tile(kind: str, product: Product) -> matmul_one_row.Tile:
     return matmul_one_row.Tile(2 if product.features * product.inputs <= 2**22 else 4, 1024, 4)
 
 
-def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = False) -> matmul_sm90.Tile | None:
+def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = False) -> matmul_sm90.Tile | matmul_sm90_wide.Tile | None:
     """The tile that was the fastest on this kind of device; None if XLA's kernels were faster there, or nobody measured.
 
     trial: also tiles whose results no GPU's float32 has been compared with yet. No engine asks for those.
     """
-    lines = 8 if rows <= 16 else 64 if rows <= 128 else 256
-    tile = _measured(kind, trial).get((lines, product)) if rows in matmul_sm90.ROWS else None
-    return None if tile is None else matmul_sm90.Tile(*tile)
-
-
-def wide_tile(kind: str, rows: int, product: Product, *, trial: bool = False) -> matmul_sm90_wide.Tile | None:
-    """As `many_rows_tile`, of `WIDE_ROWS` rows and more."""
-    tile = _measured(kind, trial).get((WIDE_ROWS, product)) if rows >= WIDE_ROWS else None
-    return None if tile is None else matmul_sm90_wide.Tile(*tile)
+    lines = 8 if rows <= 16 else 64 if rows <= 128 else 256 if rows < WIDE_ROWS else WIDE_ROWS
+    made = rows in matmul_sm90.ROWS or rows >= WIDE_ROWS
+    tile = _measured(kind, trial).get((lines, product)) if made else None
+    return None if tile is None else (matmul_sm90 if rows < WIDE_ROWS else matmul_sm90_wide).Tile(*tile)
 
 
 @cache

@@ -21,14 +21,14 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-GROUPS = 2  # warpgroups that multiply
-LINES = 64  # of wgmma, which are a warpgroup's rows; and features that are copied out at a time
+from pallas_kernels.matmul_sm90 import LINES, TILED
+
+GROUPS = 2  # warpgroups that multiply, LINES rows each; as many features are copied out at a time
 ROWS = GROUPS * LINES  # of a tile
 WIDE = 256  # features of a tile, wgmma's widest; of a gated product, gate's and up's together
 INPUTS = 64  # of a turn
 STAGES = 4  # turns that the ring holds
 BAND = 8  # tiles of features that all rows go through before the next ones: their weights stay in the second-level cache
-TILED = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))  # pyright: ignore[reportAbstractUsage]
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 

@@ -40,7 +40,7 @@ from jaxllm.plan import Bucket, Plan
 from jaxllm.programs import OPTIONS, step_options
 from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step, ours
-from pallas_kernels import blocks, matmul, matmul_sm90, matmul_sm90_wide
+from pallas_kernels import blocks, matmul_sm90, matmul_sm90_wide
 from pallas_kernels.matmul import Product, many_rows_tile
 from pallas_kernels.shapes import CORRECT
 
@@ -162,10 +162,10 @@ def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -
     """One product, by the tile that the device's table has for it."""
     x, weight = Shape((rows, inputs), jnp.bfloat16), Shape((features * (1 + gated), inputs), jnp.bfloat16)
     act = jax.nn.silu if gated else None
-    if (wide_tile := matmul.wide_tile(target.kind, rows, Product(features, inputs, gated), trial=True)) is not None:
-        wide = partial(matmul_sm90_wide.linear, tile=wide_tile, workers=132, act=act)
-        return {"thunks": target.compile(wide, x, weight, Shape((3,), jnp.int32))[1]}
     tile = many_rows_tile(target.kind, rows, Product(features, inputs, gated), trial=True)
+    if isinstance(tile, matmul_sm90_wide.Tile):
+        wide = partial(matmul_sm90_wide.linear, tile=tile, workers=132, act=act)
+        return {"thunks": target.compile(wide, x, weight, Shape((3,), jnp.int32))[1]}
     assert tile is not None
     return {"thunks": target.compile(partial(matmul_sm90.linear, tile=tile, act=act), x, weight)[1]}
 

@@ -153,3 +153,13 @@ def test_few_programs_are_lowered_here(monkeypatch):
     made = recipe()
     todo = made.programs()[: lowering.EACH - 1]
     assert len(list(lowered(todo, {}, made, helpers=8))) == len(todo)
+
+
+def test_this_process_begins_with_the_quick_ones(monkeypatch):
+    """Where there are helpers, which begin with the slow ones; alone it keeps the order."""
+    monkeypatch.setattr(lowering._Work, "_drive", lambda self, process, described: process.communicate())
+    monkeypatch.setattr(lowering, "_start", lambda: start(""))
+    made = recipe()
+    names = [program.name for program in made.programs()]
+    assert [program.name for program, _ in lowered(made.programs(), {}, made, helpers=1)] == names[::-1]
+    assert [program.name for program, _ in lowered(made.programs(), {}, made, helpers=0)] == names

@@ -216,7 +216,7 @@ def test_every_measured_tile_fits():
             continue
         for rows in {8: (2, 4, 8, 16), 64: (32, 64, 128), 256: (256,)}[lines]:
             found, halves = many_rows_tile("NVIDIA H200", rows, product, trial=True), 1 + product.gated
-            assert found is not None and list(astuple(found)) == tile
+            assert isinstance(found, matmul_sm90.Tile) and list(astuple(found)) == tile
             assert found.features % 8 == 0 and found.features * halves <= 256, "what a product of the tensor cores may be wide"
             assert product.inputs % (found.inputs * found.parts) == 0 and (found.parts == 1 or not product.gated)
             depth = matmul_sm90.stages(rows, product.inputs, found, halves=halves, itemsize=2)

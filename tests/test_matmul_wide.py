@@ -15,8 +15,8 @@ from test_matmul import LLAMA_8B, QWEN_05B, SILU, apart, decoder_mesh, decoder_o
 from jaxllm.parallel import on_each, spec
 from jaxllm.plan import Bucket
 from jaxllm.programs import step_options
-from pallas_kernels import Rows, head_for, linears_for, matmul_one_row, matmul_sm90_wide
-from pallas_kernels.matmul import ManyRows, Product
+from pallas_kernels import Rows, head_for, linears_for, matmul, matmul_one_row, matmul_sm90_wide
+from pallas_kernels.matmul import ManyRows, Product, many_rows_tile
 from pallas_kernels.matmul_sm90_wide import Tile
 from pallas_kernels.work import lanes, live
 
@@ -52,7 +52,7 @@ def test_filled_lanes_are_multiplied(name, capfd):
     live_3 = jnp.array(filled or (rows, rows, rows), jnp.int32)
     options: dict[str, Any] = dict(tile=Tile(cluster), workers=workers, act=SILU if gated else None, interpret=True)
     found = matmul_sm90_wide.linear(x, weight, live_3, **options)
-    assert found.shape == (rows, features) and "RACE" not in capfd.readouterr().out
+    assert found.shape == (rows, features) and "RACE DETECTED" not in capfd.readouterr().out
     if len(here := kept(rows, filled)):
         assert apart(found[here], exact(x, weight, act=gated)[here]) < 6e-3
 
@@ -92,24 +92,19 @@ def test_live_lanes_are_those_that_some_row_owns(seed):
     assert first == (decodes.max() + 1 if len(decodes) else 0) and end == (chunks.max() + 1 if len(chunks) else count)
 
 
-def shaped(*shape: int) -> Any:
-    return np.broadcast_to(0.0, shape)
-
-
 def test_only_products_that_were_measured_are_multiplied_so():
     rows = Rows(jnp.zeros((1024, 1), jnp.int32), *(jnp.zeros(1024, jnp.int32) for _ in range(3)))
     for lanes_, wide in ((512, False), (9216, True)):
         run = linears_for(gpu("9.0"), lanes_, "bfloat16", owners=rows)
         assert isinstance(run, ManyRows) and (run.live_3 is not None) is wide
-        tiles = [run._wide(shaped(lanes_, 4096), shaped(p.features * (1 + p.gated), p.inputs), p.gated) for p in LLAMA_8B]
-        assert tiles == [Tile(2) if wide else None] * 4
-    unknown = linears_for(SimpleNamespace(**vars(gpu("9.0")) | {"device_kind": "NVIDIA H100 80GB HBM3"}), 9216, "bfloat16")
-    assert isinstance(unknown, ManyRows) and unknown._wide(shaped(9216, 4096), shaped(6144, 4096)) is None
+        assert [many_rows_tile(run.kind, lanes_, product) for product in LLAMA_8B] == [Tile(2) if wide else None] * 4
+    assert many_rows_tile("NVIDIA H200", 9216, Product(3584, 3584)) is None, "not measured"
+    assert many_rows_tile("NVIDIA H100 80GB HBM3", 9216, LLAMA_8B[0]) is None, "not measured there"
 
 
 def test_a_decoder_is_the_same_through_them(monkeypatch):
     """Five rows, of which three are filled: logits and pages of those, to what bfloat16 rounds."""
-    monkeypatch.setattr(ManyRows, "_wide", lambda self, x, weight, gated=False: Tile())
+    monkeypatch.setattr(matmul, "many_rows_tile", lambda kind, rows, product, trial=False: Tile())
     decoder = shaken(decoder_of("qwen2"))
     plain, _ = step(decoder, None, 5)
     linears = ManyRows("cpu", 2, interpret=True, live_3=jnp.array([3, 5, 5], jnp.int32))
