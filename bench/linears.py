@@ -3,7 +3,7 @@
 Weights are cold: each call reads another copy, and all of them together are more than the second-level cache holds. A time is the median
 of a kernel's runs as JAX's profiler saw them, and beside it stands what reading the weights must take. Before it is timed, whatever is
 ours is compared with float64. `--tune` tries tiles for steps of one row and writes the fastest into the package's `tuning/linear/` folder;
-for more rows the tile in that folder is timed beside XLA's own product, and marked as compared. Of several devices one's part is timed.
+for 8, 64 and 256 the tile in that folder is timed beside XLA's own product, and marked as compared. Of several devices one's part is timed.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from bench import record
 from bench.profile import spans
 from bench.workloads import MACHINES, SHAPES, Shape
 from pallas_kernels.blocks import file_name
-from pallas_kernels.matmul import WIDE_ROWS, Product, many_rows_tile, one_row_tile
+from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
 from pallas_kernels.matmul_one_row import Tile, linear
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows_linear
@@ -184,8 +184,8 @@ def compare(
     ]
     for row in found:
         print(f"{name:8} {row['by']:5}", record.describe(row), flush=True)
-    lines = WIDE_ROWS if rows >= WIDE_ROWS else {8: 8, 64: 64, 256: 256}.get(rows)
-    return found, tuned(product, lines, tile, found[-1]["value"]) if tile is not None and lines else None
+    kept = rows in (8, 64, 256) and tile is not None
+    return found, tuned(product, rows, tile, found[-1]["value"]) if kept else None
 
 
 def _ours(tile: AnyTile, act, x, weight, around):
@@ -205,8 +205,7 @@ def tuned(product: Product, rows: int, tile: AnyTile, us: float) -> dict[str, An
 def write(kind: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     """Puts rows into the device's tuning file, in place of those of the same rows and product."""
     path = folder / file_name(kind)
-    tile = "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks; 768 and more: cluster"
-    head = {"device": kind, "tile": tile}
+    head = {"device": kind, "tile": "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks"}
     head["compared"] = "with float32 or more on a GPU; no engine takes the others"
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []
 

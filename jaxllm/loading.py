@@ -29,9 +29,10 @@ from jaxllm.plan import Plan, choose_dtype, dtype_bytes, make_plan
 from jaxllm.request import ConfigError
 from jaxllm.runner import Runner
 from jaxllm.source import as_config_error, default_params, eos_ids, load_tokenizer, open_model, refuse_remote_code
+from jaxllm.step import skips_padding
 from jaxllm.text import Tokenizer
 from jaxllm.weights import Once, RandomWeights, Weights, WeightShapes, loading_bar
-from pallas_kernels import capability_of, implementation_for
+from pallas_kernels import WIDE_ROWS, capability_of, implementation_for
 
 log = logging.getLogger("jaxllm")
 
@@ -67,8 +68,10 @@ def load_engine_parts(config: EngineConfig, patch: Patch | None = None) -> Loade
     if any(layer.experts for layer in model.layers):
         log.warning("mixture of experts: every expert runs for every token for now, so steps are slow")
     implementation = choose_attention(config, plan, model, devices[0])
-    log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)
     shapes = Decoder(WeightShapes(tensor_shapes(model), mesh, plan.dtype), model)
+    if skips_padding(shapes, plan, mesh, implementation, patch):
+        plan = plan.without_padding(WIDE_ROWS)
+    log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)
     runner = Runner(shapes, plan, mesh, implementation, patch)
     # A patch is code that no file's name can tell, nor another process.
     kept = Executables(cache_folder() if patch is None else None, devices, plan, model, implementation)

@@ -4,7 +4,7 @@ A Plan is made once, before anything is loaded, logged once, and never changes. 
 there are and how much memory they have comes in as `Machine`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converters.model_config import ModelConfig
 from jaxllm.config import KV_CACHE_DTYPES, EngineConfig
@@ -83,6 +83,16 @@ class Plan:
     def bucket(self, rows: int, chunk: int) -> Bucket:
         """The smallest compiled shape that holds so much."""
         return min(b for b in self.buckets if b.rows >= rows and b.chunk >= chunk)
+
+    def without_padding(self, wide: int) -> "Plan":
+        """This plan where steps of `wide` lanes and more leave out those that hold no token: with fewer of such shapes.
+
+        One decodes, one has the smallest chunk and one the largest.
+        """
+        chunks = {0, self.largest.chunk, min(b.chunk for b in self.buckets if b.chunk)}
+        rows = {self.max_num_seqs}
+        kept = [b for b in self.buckets if b.rows + b.chunk < wide or (b.chunk in chunks and b.rows in rows)]
+        return replace(self, buckets=tuple(kept))
 
     @property
     def largest(self) -> Bucket:

@@ -73,17 +73,18 @@ def _made(pool: ThreadPoolExecutor, programs: Iterable[tuple[Program, Lowered]],
 
     One at a time, because XLA's compiling and Mosaic's keep each other waiting (mosaic.py).
     """
-    kernels: dict[bytes, Lowered] = {}
+    kernels: dict[bytes, mosaic.Kernel] = {}
     with_kernels: dict[str, Lowered] = {}
     without: dict[str, Future[Compiled]] = {}
     for program, done in programs:
-        if found := mosaic.kernels(done, device):
+        if found := mosaic.kernels(done):
             kernels |= found
             with_kernels[program.name] = done
         else:
             without[program.name] = pool.submit(_compile, program.name, done)
     made = {name: future.result() for name, future in without.items()}
-    list(pool.map(_compile, [f"kernel {i}" for i in range(len(kernels))], kernels.values()))
+    shares = [mosaic.program(share, device) for share in mosaic.shares(kernels.values(), os.cpu_count() or 1)]
+    list(pool.map(_compile, [f"kernels {i}" for i in range(len(shares))], shares))
     return made | dict(zip(with_kernels, pool.map(_compile, with_kernels, with_kernels.values()), strict=True))
 
 

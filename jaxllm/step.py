@@ -161,7 +161,7 @@ def _one_step(decoder, plan, mesh, implementation, bucket, table_MP, sampling, p
     context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears, patching)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     hidden_MD = hidden_ND[batch.logit_lane_M] if bucket.chunk else hidden_ND
-    logits_MV = _logits(decoder, mesh, hidden_MD)
+    logits_MV = _logits(decoder, mesh, hidden_MD, batch.rows if mesh.size == 1 else None)
     head_3M = jnp.stack([batch.slot_M, batch.length_M, batch.samples_M.astype(jnp.int32)])
     tokens_M = _sample(mesh, implementation, logits_MV, sampling, head_3M)
     last_S = _remember(last_S, batch.slot_M, batch.samples_M, tokens_M)
@@ -172,9 +172,12 @@ def _one_step(decoder, plan, mesh, implementation, bucket, table_MP, sampling, p
     return cache, last_S, Ports(tokens_RM, logits_MV, head_3M, hidden_MD), prompt
 
 
-def _logits(decoder: Decoder, mesh: Mesh, hidden_BD: Array) -> Array:
-    """Everywhere, but first each device's part: left to itself, XLA gathers the head's weights on every device, not the logits."""
-    head = head_for(mesh.devices.item(0), len(hidden_BD), hidden_BD.dtype)
+def _logits(decoder: Decoder, mesh: Mesh, hidden_BD: Array, owners: Rows | None = None) -> Array:
+    """Everywhere, but first each device's part: left to itself, XLA gathers the head's weights on every device, not the logits.
+
+    owners: the rows that the hidden states are of, where those without a token need no logits.
+    """
+    head = head_for(mesh.devices.item(0), len(hidden_BD), hidden_BD.dtype, owners)
     if head is not None:
         vocab = "vocab" if decoder.c.vocab_size % mesh.size == 0 else None
         head = on_each(mesh, head, (spec(()), spec((vocab, None))), spec((None, vocab)))
@@ -201,6 +204,11 @@ def ours(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: 
     each = linears.each if isinstance(linears, ShardedLinears) else linears
     products = {product for block in decoder.blocks for product in block.products(mesh.size)} if each else set()
     return each is not None and each.covers(bucket.rows + bucket.chunk, products)
+
+
+def skips_padding(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, patch: Patch | None = None) -> bool:
+    """Do this plan's steps of `WIDE_ROWS` lanes and more leave out those that hold no token?"""
+    return mesh.size == 1 and ours(decoder, plan, mesh, implementation, plan.largest, patch)
 
 
 def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:

@@ -2,11 +2,11 @@
 
 from pallas_kernels.attention import capability_of, implementation_for, paged_attention, plan_work
 from pallas_kernels.kv_write import turn_and_write, write_kv
-from pallas_kernels.matmul import Linears, ManyRows, Norm, Product, Stream, head_for, linears_for
+from pallas_kernels.matmul import WIDE_ROWS, Linears, ManyRows, Norm, Product, Stream, head_for, linears_for
 from pallas_kernels.sampling import Choice, draw
 from pallas_kernels.work import Rows, Work
 
 __all__ = [
-    "Choice", "Linears", "ManyRows", "Norm", "Product", "Rows", "Stream", "Work", "capability_of", "draw", "head_for", "implementation_for",
-    "linears_for", "paged_attention", "plan_work", "turn_and_write", "write_kv",
+    "WIDE_ROWS", "Choice", "Linears", "ManyRows", "Norm", "Product", "Rows", "Stream", "Work", "capability_of", "draw", "head_for",
+    "implementation_for", "linears_for", "paged_attention", "plan_work", "turn_and_write", "write_kv",
 ]  # fmt: skip

@@ -12,6 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.blocks import default_device
+from pallas_kernels.work import when_live
 
 FP8_MAX = 448.0
 
@@ -105,6 +106,7 @@ def turn_and_write(
     k_norm_H: Array | None = None,
     eps: float = 0.0,
     offset: float = 0.0,
+    live_3: Array | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array, Array]:
@@ -113,7 +115,8 @@ def turn_and_write(
     qkv_PNF: parts whose sum is q, k and v of `heads` query heads and of the pages' kv heads, one after the other, F = (Q + 2 K) H.
     bias_F is added to the sum. q_norm_H and k_norm_H (with eps and offset): each head of q and of k over its root mean square, times the
     norm plus the offset. cos_sin: [N, 1, pairs] float32 each; feature i < pairs of each head of q and k is turned with feature i + pairs.
-    Pages, slots, implementation as for `write_kv`. Raises ValueError if the shapes do not fit together.
+    live_3: `work.live`: a kernel leaves out lanes that hold no token, whose q is then anything. Pages, slots, implementation as for
+    `write_kv`. Raises ValueError if the shapes do not fit together.
     """
     _, kv_heads, _, head_dim = k_pages.shape
     if v_pages.shape != k_pages.shape or v_pages.dtype != k_pages.dtype:
@@ -127,7 +130,7 @@ def turn_and_write(
         raise ValueError(f"cos_sin turns {2 * pairs} features, a head has {head_dim}")
     if (implementation or ("portable" if default_device().platform == "gpu" else "reference")) == "reference":
         return _turn_reference(k_pages, v_pages, qkv_PNF, slot_N, heads, bias_F, cos_sin, q_norm_H, k_norm_H, eps, offset)
-    extras = {"bias": bias_F, "q_norm": q_norm_H, "k_norm": k_norm_H}
+    extras = {"bias": bias_F, "q_norm": q_norm_H, "k_norm": k_norm_H, "live": live_3}
     if cos_sin is not None:
         extras |= {"cos": cos_sin[0].reshape(-1, pairs), "sin": cos_sin[1].reshape(-1, pairs)}
     extras = {name: x for name, x in extras.items() if x is not None}
@@ -165,11 +168,15 @@ def _turn_reference(k_pages, v_pages, qkv_PNF, slot_N, heads, bias_F, cos_sin, q
     return q, k_pages.at[page_N, :, place_N].set(k), v_pages.at[page_N, :, place_N].set(v)
 
 
-def _turn_kernel(qkv_ref, slot_ref, *refs, names, heads, parts, pairs, eps, offset):
-    extras = dict(zip(names, refs, strict=False))
-    q_ref, k_pages_ref, v_pages_ref = refs[-3:]
+def _turn_kernel(qkv_ref, slot_ref, *refs, names, **options):
+    extras, token, first = dict(zip(names, refs, strict=False)), pl.program_id(0), pl.program_id(1) * HEADS
+    when_live(extras.get("live"), token, lambda: _turn_token(qkv_ref, slot_ref, extras, refs[-3:], token, first, **options))
+
+
+def _turn_token(qkv_ref, slot_ref, extras, outputs, token, first, *, heads, parts, pairs, eps, offset):
+    q_ref, k_pages_ref, v_pages_ref = outputs
     _, kv_heads, page_size, head_dim = k_pages_ref.shape
-    token, head_K1 = pl.program_id(0), (pl.program_id(1) * HEADS + jnp.arange(HEADS))[:, None]
+    head_K1 = (first + jnp.arange(HEADS))[:, None]
     feature_1H = jnp.arange(pl.next_power_of_2(head_dim))[None, :]
     live = (head_K1 < heads + 2 * kv_heads) & (feature_1H < head_dim)
     is_q, is_v = head_K1 < heads, head_K1 >= heads + kv_heads

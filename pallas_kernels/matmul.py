@@ -14,7 +14,7 @@ N rows, D model, F features of a product, P parts.
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.resources import files
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from pallas_kernels import matmul_one_row, matmul_sm90, matmul_sm90_wide
 from pallas_kernels.blocks import file_name
 from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul_join import join
-from pallas_kernels.work import Rows, live, static
+from pallas_kernels.work import Rows, live, live_rows, static
 
 
 class Norm(NamedTuple):
@@ -111,8 +111,8 @@ class OneRow:
 class ManyRows:
     """The same verbs; sums are left to `norm` and `finish`.
 
-    kind: of the device, as JAX names it. cores: its multiprocessors. trial: as for `many_rows_tile`. live_3: `work.live`, or None if
-    every lane is to be computed; products then leave lanes that hold no token as they please.
+    kind: of the device, as JAX names it. cores: its multiprocessors. trial: as for `many_rows_tile`. live_3: `work.live`: lanes that hold
+    no token are left as they please; None if every lane is to be computed.
     """
 
     kind: str = static()
@@ -122,7 +122,8 @@ class ManyRows:
     live_3: Array | None = None
 
     def norm(self, stream: Stream, norm: Norm) -> tuple[Stream, Any]:
-        h_ND, normed_ND = join(*stream, norm.weight_D, eps=norm.eps, offset=norm.offset, interpret=self.interpret)
+        how: dict[str, Any] = dict(eps=norm.eps, offset=norm.offset, live_3=self.live_3, interpret=self.interpret)
+        h_ND, normed_ND = join(*stream, norm.weight_D, **how)
         return Stream(h_ND), normed_ND
 
     def product(self, normed: Any, weight_FD: Array) -> Array:
@@ -132,7 +133,7 @@ class ManyRows:
     def heads(
         self, normed: Any, weight_FD: Array, k_pages: Array, v_pages: Array, slot_N: Array, **options: Any
     ) -> tuple[Array, Array, Array]:
-        return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
+        return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, live_3=self.live_3, **options)
 
     def gated(self, normed: Any, weight_FD: Array, act: Callable[[Array], Array]) -> Array:
         if (made := self._ours(normed, weight_FD, act)) is not None:
@@ -182,20 +183,31 @@ def linears_for(device: Any, rows: int, dtype: Any, *, alone: bool = True, owner
     return ManyRows(device.device_kind, device.core_count, live_3=live(owners) if owners is not None and rows >= WIDE_ROWS else None)
 
 
-def head_for(device: Any, rows: int, dtype: Any) -> Callable[[Array, Array], Array] | None:
+def head_for(device: Any, rows: int, dtype: Any, owners: Rows | None = None) -> Callable[[Array, Array], Array] | None:
     """How a device multiplies [N, D] with the head's weights [V, D] to float32 logits; None: by a plain product.
 
-    Of one row XLA makes, without Triton's kernels, a sum over a copy of the weights in float32.
+    Of one row XLA makes, without Triton's kernels, a sum over a copy of the weights in float32. owners: of the N rows; of `WIDE_ROWS` and
+    more, logits of those that have no token need not be computed.
     """
     capability = getattr(device, "compute_capability", None) if device.platform == "gpu" else None
-    if rows > 1 or capability is None or float(capability) < 8 or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
+    if capability is None or float(capability) < 8 or jnp.dtype(dtype).name not in ("bfloat16", "float16"):
         return None
+    if rows == 1:
+        return partial(_one_row_s_head, device.device_kind)
+    if rows < WIDE_ROWS or owners is None or capability != "9.0":
+        return None
+    return partial(_live_rows_head, device.device_kind, device.core_count, live_rows(owners))
 
-    def head(x_1D: Array, weight_VD: Array) -> Array:
-        tile = one_row_tile(device.device_kind, _product(weight_VD, False))
-        return matmul_one_row.linear(x_1D, weight_VD, tile=tile, dtype=jnp.float32)
 
-    return head
+def _one_row_s_head(kind: str, x_1D: Array, weight_VD: Array) -> Array:
+    return matmul_one_row.linear(x_1D, weight_VD, tile=one_row_tile(kind, _product(weight_VD, False)), dtype=jnp.float32)
+
+
+def _live_rows_head(kind: str, cores: int, live_3: Array, x_ND: Array, weight_VD: Array) -> Array:
+    tile = many_rows_tile(kind, len(x_ND), _product(weight_VD, False))
+    if not isinstance(tile, matmul_sm90_wide.Tile):
+        return jnp.einsum("nd,vd->nv", x_ND, weight_VD, preferred_element_type=jnp.float32)
+    return matmul_sm90_wide.linear(x_ND, weight_VD, live_3, tile=tile, workers=cores, dtype=jnp.float32)
 
 
 def _plain(x_ND: Array, weight_FD: Array) -> Array:
@@ -220,17 +232,19 @@ def one_row_tile(kind: str, product: Product) -> matmul_one_row.Tile:
 def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = False) -> matmul_sm90.Tile | matmul_sm90_wide.Tile | None:
     """The tile that was the fastest on this kind of device; None if XLA's kernels were faster there, or nobody measured.
 
-    trial: also tiles whose results no GPU's float32 has been compared with yet. No engine asks for those.
+    From `WIDE_ROWS` on there is one for all products that its kernel can take. trial: also tiles whose results no GPU's float32 has been
+    compared with yet. No engine asks for those.
     """
-    lines = 8 if rows <= 16 else 64 if rows <= 128 else 256 if rows < WIDE_ROWS else WIDE_ROWS
-    made = rows in matmul_sm90.ROWS or rows >= WIDE_ROWS
-    tile = _measured(kind, trial).get((lines, product)) if made else None
-    return None if tile is None else (matmul_sm90 if rows < WIDE_ROWS else matmul_sm90_wide).Tile(*tile)
+    if rows >= WIDE_ROWS:
+        return matmul_sm90_wide.Tile() if product.inputs % matmul_sm90_wide.INPUTS == 0 and product.features % 8 == 0 else None
+    lines = 8 if rows <= 16 else 64 if rows <= 128 else 256
+    tile = _measured(kind, trial).get((lines, product)) if rows in matmul_sm90.ROWS else None
+    return None if tile is None else matmul_sm90.Tile(*tile)
 
 
 @cache
 def _measured(kind: str, trial: bool = False) -> dict[tuple[int, Product], list[Any]]:
-    """By rows (1; 8: up to 16, 64: up to 128, 256; 768 and more) and product, the tile that was the fastest on this kind of device."""
+    """By rows (1; 8: up to 16, 64: up to 128; 256) and product, the tile that was the fastest on this kind of device."""
     path = files("pallas_kernels") / "tuning" / "linear" / file_name(kind)
     if not path.is_file():
         return {}

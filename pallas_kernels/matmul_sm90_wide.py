@@ -23,8 +23,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.matmul_sm90 import LINES, TILED
 
-GROUPS = 2  # warpgroups that multiply, LINES rows each; as many features are copied out at a time
+GROUPS = 2  # warpgroups that multiply, LINES rows each
 ROWS = GROUPS * LINES  # of a tile
+COPIED = 128  # bytes of a row that are copied out at a time
 WIDE = 256  # features of a tile, wgmma's widest; of a gated product, gate's and up's together
 INPUTS = 64  # of a turn
 STAGES = 4  # turns that the ring holds
@@ -36,12 +37,13 @@ ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 class Tile:
     """cluster: 1, or 2 blocks that share the copies of their weights. All else is the same for every product."""
 
-    cluster: int = 1
+    cluster: int = 2
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What is fixed when the kernel is compiled. halves: 2 if gated. workers: clusters in the grid, of `cluster` blocks each."""
+    """What is fixed when the kernel is compiled. halves: 2 if gated. workers: clusters in the grid, of `cluster` blocks each. copied:
+    features that are copied out at a time."""
 
     act: Callable[[Array], Array] | None
     rows: int
@@ -49,6 +51,7 @@ class _Options:
     turns: int
     workers: int
     cluster: int
+    copied: int
 
     @property
     def halves(self) -> int:
@@ -70,7 +73,7 @@ class _Options:
         return [pieces for pieces in (4, 2) if self.wide // pieces >= LINES]
 
 
-@partial(jax.jit, static_argnames=("tile", "act", "workers", "interpret"))
+@partial(jax.jit, static_argnames=("tile", "act", "workers", "dtype", "interpret"))
 def linear(
     x_ND: Array,
     weight_FD: Array,
@@ -79,25 +82,29 @@ def linear(
     tile: Tile,
     workers: int,
     act: Callable[[Array], Array] | None = None,
+    dtype: Any = None,
     interpret: bool = False,
 ) -> Array:
     """x @ weight.T -> [N, F]; with `act`, [N, F / 2]: the second half gated by the first. Numbers are of 16 bits, D is a multiple of 64.
 
+    dtype: of what comes out, if not x's: float32.
     live_3: `work.live`: only rows [0, live[0]) and [live[1], live[2]) matter; some of the others hold anything. workers: thread blocks,
     one a multiprocessor.
     """
     rows, inputs = x_ND.shape
     features = weight_FD.shape[0] // (1 if act is None else 2)
-    options = _Options(act, rows, features, inputs // INPUTS, workers // tile.cluster, tile.cluster)
+    dtype = jnp.dtype(dtype or x_ND.dtype)
+    options = _Options(act, rows, features, inputs // INPUTS, workers // tile.cluster, tile.cluster, COPIED // dtype.itemsize)
+    tiled = plgpu.TilingTransform((8, options.copied)), plgpu.SwizzleTransform(COPIED)  # pyright: ignore[reportAbstractUsage]
     free: dict[str, Any] = dict(num_arrivals=GROUPS, num_barriers=STAGES)
     clusters: dict[str, Any] = dict(cluster=(tile.cluster,), cluster_names=("member",)) if tile.cluster > 1 else {}
     return plgpu.kernel(
         partial(_kernel, options),
-        out_type=jax.ShapeDtypeStruct((rows, features), x_ND.dtype),
+        out_type=jax.ShapeDtypeStruct((rows, features), dtype),
         scratch_types=dict(
             x_s=plgpu.SMEM((STAGES, ROWS, INPUTS), x_ND.dtype, transforms=TILED),
             w_s=plgpu.SMEM((STAGES, WIDE, INPUTS), x_ND.dtype, transforms=TILED),
-            o_s=plgpu.SMEM((GROUPS, 2, LINES, LINES), x_ND.dtype, transforms=TILED),
+            o_s=plgpu.SMEM((GROUPS, 2, LINES, options.copied), dtype, transforms=tiled),
             here=plgpu.Barrier(num_arrivals=1 + options.halves, num_barriers=STAGES),
             free=plgpu.ClusterBarrier(collective_axes=("member",), **free) if tile.cluster > 1 else plgpu.Barrier(**free),
         ),
@@ -206,13 +213,13 @@ def _multiply_tile(options: _Options, refs, group, row, feature, turn, wide):
     if options.act is not None:  # rounded between, as the plain layers round
         gate, up = (half.astype(dtype).astype(jnp.float32) for half in (out[:, :wide], out[:, wide:]))
         out = options.act(gate).astype(dtype).astype(jnp.float32) * up
-    for copy, begin in enumerate(range(0, wide, LINES)):
+    for copy, begin in enumerate(range(0, wide, options.copied)):
         out_s = refs.o_s.at[group, copy % 2]
         # The last copy but one has left this place; a tile's first may find its own in use, by a tile of one copy.
         plgpu.wait_smem_to_gmem(1 if copy else 0, wait_read_only=True)
-        out_s[...] = out[:, begin : begin + LINES].astype(dtype)
+        out_s[...] = out[:, begin : begin + options.copied].astype(refs.o.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_s, refs.o.at[pl.ds(row + group * LINES, LINES), pl.ds(feature + begin, LINES)])
+        plgpu.copy_smem_to_gmem(out_s, refs.o.at[pl.ds(row + group * LINES, LINES), pl.ds(feature + begin, options.copied)])
 
 
 def _turns(options: _Options, refs, group, turn, accumulator):

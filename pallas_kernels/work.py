@@ -8,12 +8,16 @@ M rows, P pages of a row's table, T chunk lanes, N = M + T query tokens, K kv he
 tokens of one row that a kernel takes in one turn of its loop. All integers are int32.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.blocks import Decode, Prefill
 
@@ -139,6 +143,22 @@ def live(rows: Rows) -> Array:
     last = jnp.max(jnp.where(decodes_M, jnp.arange(1, count + 1, dtype=jnp.int32), 0))
     chunk = jnp.max(jnp.where(rows.chunk_len_M > 0, rows.chunk_start_M + rows.chunk_len_M, 0))
     return jnp.stack([last, jnp.int32(count), count + chunk]).astype(jnp.int32)
+
+
+def live_rows(rows: Rows) -> Array:
+    """`live` of an array with a line for each of the M rows: those with a token in this step, whichever lanes it is in."""
+    count = rows.length_M.shape[0]
+    last = jnp.max(jnp.where(rows.length_M > 0, jnp.arange(1, count + 1, dtype=jnp.int32), 0))
+    return jnp.stack([last, jnp.int32(count), jnp.int32(count)])
+
+
+def when_live(live_ref: Any, lane: Any, run: Callable[[], None]) -> None:
+    """What a Pallas-Triton kernel does for one lane, unless `live_ref` holds what `live` made and the lane is padding."""
+    if live_ref is None:
+        run()
+        return
+    first, begin, end = (plt.load(live_ref.at[jnp.int32(i)]) for i in range(3))
+    pl.when((lane < first) | ((lane >= begin) & (lane < end)))(run)
 
 
 def shares(rows: Rows, *, kv_heads: int, page_size: int, kv_block: int, window: int | None, workers: int) -> Shares:

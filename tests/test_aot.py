@@ -34,7 +34,7 @@ JOBS = {
         *("linear:8:14336:4096:gated", "linear:64:4096:14336", "linear:256:14336:4096:gated", "linear:256:2560:2048"),
         *("linear:9216:14336:4096:gated", "linear:9000:4096:14336"),
         *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "again:portable", "kept:portable", "spill"),
-        *("8b:2:64:0", "8b:4:64:0", "8b:2:64:448", "8b:2:1:0", "8b:1:1:448", "8b:1:64:2048"),
+        *("8b:2:64:0", "8b:4:64:0", "8b:2:64:448", "8b:2:1:0", "8b:1:1:448", "8b:1:64:2048", "8b:1:1024:0"),
     ],
     "b200": ["portable:mixed"],
 }
@@ -155,9 +155,24 @@ def test_devices_gather_logits_and_no_weights(target, job):
 
 
 def test_a_prompt_s_products_leave_padding_out():
-    """All four of a layer are kernels of ours, of which two layers have one prefill each; the head is cuBLAS's."""
+    """All four of a layer are kernels of ours, of which two layers have one prefill each; the head of few rows is cuBLAS's."""
     thunks = result("h200", "8b:1:64:2048")["thunks"].splitlines()
     assert [sum(kind in line for line in thunks) for kind in ("kCustomCall", "kCublasLtMatmul")] == [2 * (4 + 1), 1]
+    assert _spilled("8b:1:64:2048") == []
+
+
+def test_many_rows_products_leave_padding_out():
+    """All four of a layer, and the head, are kernels of ours."""
+    thunks = result("h200", "8b:1:1024:0")["thunks"].splitlines()
+    assert [sum(kind in line for line in thunks) for kind in ("kCustomCall", "kCublasLtMatmul")] == [2 * 4 + 1, 0]
+    assert _spilled("8b:1:1024:0") == []
+
+
+def _spilled(job: str) -> list[str]:
+    """What Mosaic's assembler says of kernels that spill."""
+    said = [line for line in result("h200", job)["ptxas"] if "spill" in line]
+    assert said, "it said nothing"
+    return [line for line in said if "0 bytes spill stores, 0 bytes spill loads" not in line]
 
 
 @pytest.mark.parametrize(("target", "job"), [*STEPS, *(each for each in SHARDED if each[1].endswith(":0"))])

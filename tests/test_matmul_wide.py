@@ -15,10 +15,11 @@ from test_matmul import LLAMA_8B, QWEN_05B, SILU, apart, decoder_mesh, decoder_o
 from jaxllm.parallel import on_each, spec
 from jaxllm.plan import Bucket
 from jaxllm.programs import step_options
-from pallas_kernels import Rows, head_for, linears_for, matmul, matmul_one_row, matmul_sm90_wide
+from pallas_kernels import Rows, head_for, linears_for, matmul, matmul_one_row, matmul_sm90_wide, turn_and_write
 from pallas_kernels.matmul import ManyRows, Product, many_rows_tile
+from pallas_kernels.matmul_join import join
 from pallas_kernels.matmul_sm90_wide import Tile
-from pallas_kernels.work import lanes, live
+from pallas_kernels.work import lanes, live, live_rows
 
 
 def kept(rows: int, filled: tuple[int, int, int] | None) -> np.ndarray:
@@ -60,7 +61,7 @@ def test_filled_lanes_are_multiplied(name, capfd):
 def test_tiles_without_a_filled_lane_are_left_out():
     """Of five tiles of rows the first, a part of which is filled, and the two that hold the prompt are computed."""
     x, weight = draw(640, 128), draw(256, 128, scale=128**-0.5)
-    found = matmul_sm90_wide.linear(x, weight, jnp.array([7, 256, 400]), tile=Tile(), workers=2, interpret=True)
+    found = matmul_sm90_wide.linear(x, weight, jnp.array([7, 256, 400]), tile=Tile(1), workers=2, interpret=True)
     right = [bool(np.allclose(np.asarray(found[i : i + 128], float), exact(x[i : i + 128], weight), atol=0.05)) for i in range(0, 640, 128)]
     assert right == [True, False, True, True, False]
 
@@ -68,10 +69,41 @@ def test_tiles_without_a_filled_lane_are_left_out():
 def test_a_lane_is_the_same_in_whatever_company():
     """Same lane, same bits, whatever the others hold and however the tiles are cut: not even their NaN reaches it."""
     x, weight = draw(256, 128), draw(256, 128)
-    run = partial(matmul_sm90_wide.linear, weight_FD=weight, tile=Tile(), interpret=True)
+    run = partial(matmul_sm90_wide.linear, weight_FD=weight, tile=Tile(1), interpret=True)
     found = run(x, live_3=jnp.array([256, 256, 256]), workers=2)
     alone = run(x.at[1:].set(jnp.nan), live_3=jnp.array([1, 256, 256]), workers=4)
     np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.asarray(alone[0], np.float32))
+
+
+def test_float32_comes_out_where_it_is_wanted(capfd):
+    """Logits of rows with a token, in twice as many copies; a border that is no copy's; and what rounding would have cost."""
+    hidden, weight = draw(300, 128), draw(328, 128, scale=128**-0.5)
+    options: dict[str, Any] = dict(workers=4, dtype=jnp.float32, interpret=True)
+    found = matmul_sm90_wide.linear(hidden, weight, jnp.array([200, 300, 300]), tile=Tile(2), **options)
+    assert found.dtype == jnp.float32 and "RACE DETECTED" not in capfd.readouterr().out
+    assert apart(found[:200], exact(hidden, weight)[:200]) < 1e-6 < apart(found[:200].astype(jnp.bfloat16), exact(hidden, weight)[:200])
+
+
+@pytest.mark.parametrize("parts", [None, 2])
+def test_a_norm_leaves_padding_out(parts):
+    """Lanes that hold a token are summed and normed as ever, to the bit; of the others nothing is written."""
+    h, norm = draw(12, 96), draw(1, 96)[0]
+    given = None if parts is None else jnp.stack([draw(12, 96).astype(jnp.float32)] * parts)
+    run = partial(join, h, given, norm, eps=1e-6, interpret=True)
+    for whole, some in zip(run(), run(live_3=jnp.array([3, 5, 7])), strict=True):
+        here = kept(12, (3, 5, 7))
+        np.testing.assert_array_equal(np.asarray(some[here], np.float32), np.asarray(whole[here], np.float32))
+    assert not np.array_equal(np.asarray(run(live_3=jnp.array([3, 5, 7]))[1][3:5], float), np.asarray(run()[1][3:5], float))
+
+
+def test_a_turn_and_write_leaves_padding_out():
+    pages, qkv, slot = jnp.zeros((9, 2, 16, 64), jnp.bfloat16), draw(8, 10 * 64)[None], 16 + 16 * jnp.arange(8)
+    run = partial(turn_and_write, pages, pages, qkv, slot, heads=6, implementation="portable", interpret=True)
+    here, whole, some = kept(8, (2, 5, 6)), run(), run(live_3=jnp.array([2, 5, 6]))
+    np.testing.assert_array_equal(np.asarray(some[0][here], float), np.asarray(whole[0][here], float))
+    for found, meant in zip(some[1:], whole[1:], strict=True):
+        np.testing.assert_array_equal(np.asarray(found[1 + here], float), np.asarray(meant[1 + here], float))
+        assert not np.asarray(found[3:6], float).any() and np.asarray(meant[3:6], float).any()
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -87,24 +119,27 @@ def test_live_lanes_are_those_that_some_row_owns(seed):
     rows = Rows(jnp.zeros((count, 1), jnp.int32), *(jnp.asarray(a, jnp.int32) for a in (length, start, taken)))
     owned = np.flatnonzero(np.asarray(lanes(rows, chunk).position_N) >= 0)
     first, begin, end = np.asarray(live(rows)).tolist()
+    assert np.asarray(live_rows(rows)).tolist() == [max([i + 1 for i in range(count) if length[i]], default=0), count, count]
     decodes, chunks = owned[owned < count], owned[owned >= count]
     assert begin == count
     assert first == (decodes.max() + 1 if len(decodes) else 0) and end == (chunks.max() + 1 if len(chunks) else count)
 
 
-def test_only_products_that_were_measured_are_multiplied_so():
+def test_hundreds_of_rows_are_multiplied_so_on_hopper():
+    """Whatever the product, if the copies' rows are as long as the kernel wants them."""
     rows = Rows(jnp.zeros((1024, 1), jnp.int32), *(jnp.zeros(1024, jnp.int32) for _ in range(3)))
     for lanes_, wide in ((512, False), (9216, True)):
         run = linears_for(gpu("9.0"), lanes_, "bfloat16", owners=rows)
         assert isinstance(run, ManyRows) and (run.live_3 is not None) is wide
-        assert [many_rows_tile(run.kind, lanes_, product) for product in LLAMA_8B] == [Tile(2) if wide else None] * 4
-    assert many_rows_tile("NVIDIA H200", 9216, Product(3584, 3584)) is None, "not measured"
-    assert many_rows_tile("NVIDIA H100 80GB HBM3", 9216, LLAMA_8B[0]) is None, "not measured there"
+        products = [*LLAMA_8B, *QWEN_05B, Product(3584, 3584)]
+        assert [many_rows_tile(run.kind, lanes_, product) for product in products] == [Tile(2) if wide else None] * len(products)
+    assert many_rows_tile("NVIDIA H200", 9216, Product(3584, 96)) is None and many_rows_tile("NVIDIA H200", 9216, Product(100, 128)) is None
+    assert linears_for(gpu("10.0"), 9216, "bfloat16", owners=rows) is None
 
 
 def test_a_decoder_is_the_same_through_them(monkeypatch):
     """Five rows, of which three are filled: logits and pages of those, to what bfloat16 rounds."""
-    monkeypatch.setattr(matmul, "many_rows_tile", lambda kind, rows, product, trial=False: Tile())
+    monkeypatch.setattr(matmul, "many_rows_tile", lambda kind, rows, product, trial=False: Tile(1))
     decoder = shaken(decoder_of("qwen2"))
     plain, _ = step(decoder, None, 5)
     linears = ManyRows("cpu", 2, interpret=True, live_3=jnp.array([3, 5, 5], jnp.int32))
@@ -129,7 +164,8 @@ def test_a_block_names_its_products():
     ("rows", "products", "covered"),
     [
         *[(64, LLAMA_8B, True), (256, LLAMA_8B, False), (512, LLAMA_8B, False), (9216, LLAMA_8B, True), (256, QWEN_05B, True)],
-        *[(64, [*LLAMA_8B, Product(3584, 3584)], False), (9216, QWEN_05B, False), (64, [Product(3072, 4096)], True)],
+        *[(64, [*LLAMA_8B, Product(3584, 3584)], False), (9216, QWEN_05B, True), (64, [Product(3072, 4096)], True)],
+        (9216, [*LLAMA_8B, Product(4096, 96)], False),
     ],
 )
 def test_a_step_is_ours_if_all_its_products_are(rows, products, covered):
@@ -170,6 +206,13 @@ def test_one_row_of_16_bits_has_a_head_of_its_own():
         assert head_for(device, rows, dtype) is None
 
 
+def test_many_rows_of_which_some_have_a_token_have_one_too():
+    rows = Rows(jnp.zeros((1024, 1), jnp.int32), *(jnp.zeros(1024, jnp.int32) for _ in range(3)))
+    assert callable(head_for(gpu("9.0"), 1024, "bfloat16", rows))
+    assert head_for(gpu("9.0"), 1024, "bfloat16") is None and head_for(gpu("9.0"), 512, "bfloat16", rows) is None
+    assert head_for(gpu("8.0"), 1024, "bfloat16", rows) is None
+
+
 def test_every_device_makes_its_part_of_one_row_s_logits():
     mesh, hidden, weight = decoder_mesh(2), draw(1, 128), draw(256, 128)
     head = partial(matmul_one_row.linear, tile=matmul_one_row.Tile(16, 64, 4), dtype=jnp.float32, interpret=True)
@@ -204,10 +247,14 @@ def test_wide_products_on_a_gpu(product, filled):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not on_gpu(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("rows", [1, 1024])
 @pytest.mark.parametrize(("vocabulary", "inputs"), [(128256, 4096), (151936, 896)])
-def test_one_row_s_logits_on_a_gpu(vocabulary, inputs):
-    head = head_for(jax.devices()[0], 1, "bfloat16")
+def test_logits_on_a_gpu(vocabulary, inputs, rows):
+    """One row's, and those of 700 rows of 1,024 that have a token."""
+    count = min(rows, 700)
+    length_M = (jnp.arange(rows) < count).astype(jnp.int32)
+    head = head_for(jax.devices()[0], rows, "bfloat16", Rows(length_M[:, None], length_M, length_M, 0 * length_M))
     assert head is not None
-    hidden, weight = draw(1, inputs), draw(vocabulary, inputs, scale=inputs**-0.5)
+    hidden, weight = draw(rows, inputs), draw(vocabulary, inputs, scale=inputs**-0.5)
     meant = jnp.matmul(hidden.astype(jnp.float32), weight.astype(jnp.float32).T, precision="highest")
-    assert apart(jax.jit(head)(hidden, weight), meant) < 1e-5
+    assert apart(jax.jit(head)(hidden, weight)[:count], meant[:count]) < 1e-5

@@ -1,4 +1,4 @@
-"""Kernels of Mosaic are found in a lowered program, and compiled before any program that holds them."""
+"""Kernels of Mosaic are found in lowered programs, and compiled before any program that holds them."""
 
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -28,33 +28,51 @@ def lowered(*texts: str, outputs: int = 1) -> Any:
     return jax.jit(program).lower(jnp.ones((2, 3), jnp.bfloat16))
 
 
-def test_each_kernel_of_a_program_is_a_program_of_its_own():
-    """Once, however often it is called, and also from within a jit; with what it takes and gives, and nothing else."""
-    found = mosaic.kernels(lowered("one", "two", "one", outputs=2), jax.devices()[0])
+def test_each_kernel_of_a_program_is_found():
+    """Once, however often it is called, and also from within a jit; with what it takes and gives."""
+    found = mosaic.kernels(lowered("one", "two", "one", outputs=2))
     assert found.keys() == {b"one", b"two"}
-    for name, done in found.items():
-        text = done.as_text()
-        assert text.count("custom_call") == 1 and f'module = "text of {name.decode()}"' in text
-        assert "(tensor<2x3xbf16>) -> (tensor<2x3xf32>, tensor<2x3xf32>)" in text
-        assert "sine" not in text and "add" not in text
+    for kernel in found.values():
+        assert [(s.shape, s.dtype) for s in kernel.takes] == [((2, 3), jnp.bfloat16)]
+        assert [(s.shape, s.dtype) for s in kernel.gives] == [((2, 3), jnp.float32)] * 2
+
+
+def test_a_program_of_kernels_calls_each_and_does_nothing_else():
+    """What `kernels` finds in it is what it was made of, text for text."""
+    found = mosaic.kernels(lowered("one", "two", "three", outputs=2))
+    done = mosaic.program(list(found.values()), jax.devices()[0])
+    text = done.as_text()
+    assert text.count("custom_call") == 3 and "sine" not in text and "add" not in text
+    for name in found:
+        assert f'module = "text of {name.decode()}"' in text
+    assert mosaic.kernels(done).keys() == found.keys()
 
 
 def test_a_program_without_kernels_has_none():
-    assert mosaic.kernels(lowered(), jax.devices()[0]) == {}
+    assert mosaic.kernels(lowered()) == {}
 
 
-def test_a_kernel_alone_is_a_program_that_compiles(monkeypatch):
-    """With another call in its place, of which XLA makes nothing: what it is given comes back."""
+def test_a_program_of_kernels_compiles(monkeypatch):
+    """With other calls in their place, of which XLA makes nothing: what they are given comes back, each its own."""
     monkeypatch.setattr(mosaic, "CALL", "Sharding")
     x = jnp.arange(6, dtype=jnp.float32).reshape(2, 3)
-    [alone] = mosaic.kernels(jax.jit(lambda x: jnp.sin(kernel(x + 1, "same")[0])).lower(x), jax.devices()[0]).values()
-    [found] = alone.compile()(x)
-    np.testing.assert_array_equal(found, x)
+    done = jax.jit(lambda x: jnp.sin(kernel(x + 1, "same")[0]) + kernel(x, "other")[0]).lower(x)
+    found = mosaic.program(list(mosaic.kernels(done).values()), jax.devices()[0]).compile()(x, 2 * x)
+    np.testing.assert_array_equal(found, [x, 2 * x])
 
 
 def test_a_kernel_of_unknown_types_is_left_to_its_program():
     done = jax.jit(lambda x: kernel(x, "odd")[0]).lower(jnp.ones((2, 3), jnp.int8))
-    assert mosaic.kernels(done, jax.devices()[0]) == {}
+    assert mosaic.kernels(done) == {}
+
+
+def test_shares_will_take_about_as_long():
+    """The longest texts apart, the short ones where there is least; none is lost, and there is none without a kernel."""
+    made = [mosaic.Kernel(b"." * size, (), ()) for size in (1, 9, 2, 5, 4, 3)]
+    shares = mosaic.shares(made, 3)
+    assert sorted(sum(len(kernel.text) for kernel in share) for share in shares) == [7, 8, 9]
+    assert sorted(len(kernel.text) for share in shares for kernel in share) == [1, 2, 3, 4, 5, 9]
+    assert [len(share) for share in mosaic.shares(made[:2], 3)] == [1, 1]
 
 
 def test_kernels_come_before_programs_that_hold_them_and_after_the_others(monkeypatch):
@@ -64,17 +82,18 @@ def test_kernels_come_before_programs_that_hold_them_and_after_the_others(monkey
 
     def compiled(name, done):
         began.append(name)
-        if name.startswith("kernel"):
+        if name.startswith("kernels"):
             assert {"draw", "masks"} <= set(ended)
         if name.startswith("step"):
-            assert {"kernel 0", "kernel 1", "kernel 2"} <= set(ended)
+            assert {"kernels 0", "kernels 1"} <= set(ended)
         ended.append(name)
         return f"{name} compiled"
 
     monkeypatch.setattr(runner, "_compile", compiled)
+    monkeypatch.setattr(runner.os, "cpu_count", lambda: 2)
     names = {"step a": ("one", "two"), "draw": (), "step b": ("two", "three"), "masks": ()}
     programs: Any = [(SimpleNamespace(name=name), lowered(*texts)) for name, texts in names.items()]
     with ThreadPoolExecutor(4) as pool:
         made = runner._made(pool, programs, jax.devices()[0])
     assert made == {name: f"{name} compiled" for name in names}
-    assert sorted(began) == sorted([*names, "kernel 0", "kernel 1", "kernel 2"])
+    assert sorted(began) == sorted([*names, "kernels 0", "kernels 1"])
