@@ -184,8 +184,7 @@ def compare(
     ]
     for row in found:
         print(f"{name:8} {row['by']:5}", record.describe(row), flush=True)
-    kept = rows in (8, 64, 256) and tile is not None
-    return found, tuned(product, rows, tile, found[-1]["value"]) if kept else None
+    return found, tuned(product, rows, tile, found[-1]["value"]) if rows in (8, 64, 256) and tile is not None else None
 
 
 def _ours(tile: AnyTile, act, x, weight, around):

@@ -58,6 +58,13 @@ class Bench:
         seconds = self.seconds(prompts, outputs, SAMPLED if sampled else GREEDY)
         return self.row("mix_sampled_s" if sampled else "mix_s", seconds, "s", batch=len(prompts), tokens=sum(prompts) + sum(outputs))
 
+    def long(self, context: int) -> Iterator[record.Row]:
+        """One prompt that leaves of so many tokens those it then decodes: seconds to the first token, milliseconds a step."""
+        prompt = context - 1 - workloads.DECODE_STEPS
+        one, all_ = (self._median([prompt], [output]) for output in (1, 1 + workloads.DECODE_STEPS))
+        yield self.row("long_ttft_s", one, "s", batch=1, context=prompt)
+        yield self.row("long_decode_step_ms", 1e3 * (all_ - one) / workloads.DECODE_STEPS, "ms", batch=1, context=prompt)
+
     def warm_up(self) -> None:
         """Touches what a first request touches (pages, caches of the host) before anything is timed."""
         for how in (GREEDY, SAMPLED):
@@ -120,6 +127,8 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         longest, rows = workloads.DECODE_PROMPT + 1 + workloads.DECODE_STEPS, max(args.batch)
     if "prefill" in args.workload:
         longest, rows = max(longest, 1 + max(args.prompt)), max(rows, workloads.PREFILL_BATCH)
+    if "long" in args.workload:
+        longest, rows = max(longest, args.context), max(rows, 1)
     if {"mix", "mix-sampled"} & set(args.workload):
         longest, rows = max(longest, 2048 + 1024), max(rows, workloads.MIX_ROWS)
     return options(args, longest, rows)
@@ -140,6 +149,8 @@ def run(bench: Bench, args: argparse.Namespace) -> Iterator[record.Row]:
             yield from (bench.decode(batch) for batch in args.batch)
         elif workload == "prefill":
             yield from (bench.prefill(prompt) for prompt in args.prompt)
+        elif workload == "long":
+            yield from bench.long(args.context)
         else:
             yield bench.mix(sampled=workload == "mix-sampled")
 
@@ -167,10 +178,11 @@ def add_engine_arguments(made: argparse.ArgumentParser) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="jaxllm bench offline", description="Measures the engine without HTTP.")
     add_engine_arguments(made)
-    made.add_argument("--workload", nargs="+", default=["decode"], choices=["decode", "prefill", "mix", "mix-sampled"])
+    made.add_argument("--workload", nargs="+", default=["decode"], choices=["decode", "prefill", "long", "mix", "mix-sampled"])
     made.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256], help="decode: rows in a batch")
     made.add_argument("--prompt", nargs="+", type=int, default=list(workloads.PREFILL_PROMPTS), help="prefill: tokens in a prompt")
-    made.add_argument("--repeats", type=int, default=3, help="decode and prefill: the median of so many (default: 3)")
+    made.add_argument("--context", type=int, default=131_072, help="long: tokens of the prompt and its answer (default: 131072)")
+    made.add_argument("--repeats", type=int, default=3, help="decode, prefill and long: the median of so many (default: 3)")
     record.add_arguments(made)
     return made
 

@@ -168,6 +168,13 @@ def prefill_limit(shape: Shape, machine: Machine, prompt: int, tp: int = 1) -> f
     return tp * machine.ops / ops
 
 
+def long_limits(shape: Shape, machine: Machine, prompt: int, tp: int = 1) -> tuple[float, float]:
+    """Seconds that one prompt must take, and each of the DECODE_STEPS steps behind it."""
+    ops = 2 * shape.linear * prompt + shape.attention_ops(prompt**2 / 2)
+    weights, context = 2 * (shape.linear + shape.head) / tp, prompt + DECODE_STEPS / 2
+    return ops / tp / machine.ops, (weights + context * shape.kv_bytes / min(tp, shape.kv_heads)) / machine.read
+
+
 def mix_limit(shape: Shape, machine: Machine, tp: int = 1) -> float:
     """Seconds that MIX must take: requests in arrival order, decodes first, the rest of each step's budget given to prompts.
 
@@ -279,6 +286,9 @@ def limit(device: str, shape: Shape | None, row: dict[str, Any]) -> float | None
         return None
     if row["name"] == "decode_step_ms":
         return 1e3 * decode_limit(shape, machine, row["batch"], row["tp"])
+    if row["name"] in ("long_ttft_s", "long_decode_step_ms"):
+        first, step = long_limits(shape, machine, row["context"], row["tp"])
+        return first if row["unit"] == "s" else 1e3 * step
     if row["name"] == "prefill_tok_s":
         return prefill_limit(shape, machine, row["context"], row["tp"])
     if row["name"] == "serve_tok_s" and row["clients"] and row["lengths"] == "fixed" and "rate" not in row:

@@ -42,6 +42,16 @@ def bench(llm, device="NVIDIA H200"):
     return offline.Bench(llm, config=config, device=device, model="llama-3.1-8b", dtype="bfloat16", tp=1, repeats=3)
 
 
+def test_a_long_prompt_fills_the_context_but_for_its_answer(llm):
+    first, step = bench(llm).long(131_072)
+    assert (first["name"], first["unit"], first["context"]) == ("long_ttft_s", "s", 130_815)
+    assert first["value"] == pytest.approx(1 + 2e-3 + 0.130815, rel=1e-3) and step["value"] == pytest.approx(2.0)
+    # By hand: 2 * 6.98e9 operations a token, and 4 * 32 * 128 * 32 for each of 130,815^2 / 2 pairs; 15.0 + 17.2 GB.
+    assert first["limit"] == pytest.approx((1.396e10 * 130_815 + 5.243e5 * 130_815**2 / 2) / 790e12, rel=1e-3)
+    assert step["limit"] == pytest.approx((15.01e9 + 131_072 * 130_943) / 4.36e9, rel=2e-3)
+    assert {params[0].max_tokens for _, params in llm.calls} == {1, 257} and {len(p[0]) for p, _ in llm.calls} == {130_815}
+
+
 def test_a_decode_step_is_the_difference_of_two_runs(llm):
     row = bench(llm).decode(64)
     assert row["value"] == pytest.approx(2.0)

@@ -309,7 +309,7 @@ def of_shape(model: str, layers: int, devices: int = 1) -> Decoder:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not on_gpu(), reason="no NVIDIA GPU here")
-@pytest.mark.parametrize("rows", [1, 2, 8, 64, 128, 256, 512])
+@pytest.mark.parametrize("rows", [1, 2, 8, 64, 128, 256, 512, 1024])
 @pytest.mark.parametrize(("model", "layers"), [("qwen2.5-0.5b", 2), ("llama-3.1-8b", 2)])
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_logits_are_no_worse_than_plain_products(model, layers, devices, rows):
