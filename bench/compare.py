@@ -21,6 +21,8 @@ NAMES = {
     "prefill_tok_s": ("prefill", True),
     "mix_s": ("MIX, greedy", False),
     "mix_sampled_s": ("MIX, sampled", False),
+    "long_ttft_s": ("a long prompt", False),
+    "long_decode_step_ms": ("decode step behind it", False),
     "serve_tok_s": ("HTTP: output", True),
     "serve_ttft_mean_ms": ("HTTP: mean TTFT", False),
     "serve_itl_p99_ms": ("HTTP: p99 ITL", False),

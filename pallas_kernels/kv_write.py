@@ -141,7 +141,7 @@ def turn_and_write(
         out_shape=[jax.ShapeDtypeStruct((slot_N.shape[0], heads, head_dim), k_pages.dtype)]
         + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages],
         input_output_aliases={count: 1, count + 1: 2},
-        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,
         name="turn_and_write",
     )(qkv_PNF, slot_N, *extras.values(), *pages)

@@ -236,7 +236,8 @@ def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = Fals
     compared with yet. No engine asks for those.
     """
     if rows >= WIDE_ROWS:
-        return matmul_sm90_wide.Tile() if product.inputs % matmul_sm90_wide.INPUTS == 0 and product.features % 8 == 0 else None
+        fits = rows % 8 == 0 and product.inputs % matmul_sm90_wide.INPUTS == 0 and product.features % 8 == 0
+        return matmul_sm90_wide.Tile() if fits else None
     lines = 8 if rows <= 16 else 64 if rows <= 128 else 256
     tile = _measured(kind, trial).get((lines, product)) if rows in matmul_sm90.ROWS else None
     return None if tile is None else matmul_sm90.Tile(*tile)

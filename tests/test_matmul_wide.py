@@ -133,6 +133,7 @@ def test_hundreds_of_rows_are_multiplied_so_on_hopper():
         assert isinstance(run, ManyRows) and (run.live_3 is not None) is wide
         products = [*LLAMA_8B, *QWEN_05B, Product(3584, 3584)]
         assert [many_rows_tile(run.kind, lanes_, product) for product in products] == [Tile(2) if wide else None] * len(products)
+    assert many_rows_tile("NVIDIA H200", 8193, LLAMA_8B[0]) is None, "one row beside 8,192 tokens: copies go by eight"
     assert many_rows_tile("NVIDIA H200", 9216, Product(3584, 96)) is None and many_rows_tile("NVIDIA H200", 9216, Product(100, 128)) is None
     assert linears_for(gpu("10.0"), 9216, "bfloat16", owners=rows) is None
 
