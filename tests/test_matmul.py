@@ -282,8 +282,8 @@ def wide_tile(kind: str, rows: int, product: Product, trial: bool = False) -> ma
     [("qwen2", 1, 1), ("qwen3", 1, 1), ("qwen2", 4, 1), ("qwen2", 3, 1), ("qwen2", 4, 2), ("qwen3", 3, 2), ("qwen2", 1, 2)],
 )
 def test_a_decoder_is_the_same_through_the_kernels(name, rows, devices, monkeypatch):
-    """Logits and every page, to what bfloat16 rounds; a norm that is dropped, or a sum, is far beyond that. Three rows: XLA's products,
-    and so on two devices, because the interpreter of Hopper's kernels knows only one."""
+    """Logits and every page, to what bfloat16 rounds. Three rows: XLA's products, and so on two devices, because the interpreter of
+    Hopper's kernels knows only one."""
     if rows in matmul_sm90.ROWS and devices == 1:
         monkeypatch.setattr(matmul, "many_rows_tile", wide_tile)
     decoder, parted = shaken(decoder_of(name)), shaken(decoder_of(name, devices))
@@ -297,8 +297,16 @@ def test_a_decoder_is_the_same_through_the_kernels(name, rows, devices, monkeypa
     assert apart(found, plain) < 2e-2
     for ours, theirs in zip(jax.tree.leaves(cache), jax.tree.leaves(plain_cache), strict=True):
         assert apart(ours, theirs) < 2e-2
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_norm_that_is_dropped_shows(devices, monkeypatch):
+    """The comparison above, with a planted mistake."""
+    decoder, parted = shaken(decoder_of("qwen2")), shaken(decoder_of("qwen2", devices))
+    linears = ManyRows("cpu", 2, interpret=True)
+    linears = linears if devices == 1 else ShardedLinears(linears, decoder_mesh(devices))
     monkeypatch.setattr(type(linears), "finish", lambda self, stream, norm: stream.h_ND)
-    assert apart(step(parted, linears, rows, devices=devices)[0], plain) > 0.1, "a planted mistake"
+    assert apart(step(parted, linears, 3, devices=devices)[0], step(decoder, None, 3)[0]) > 0.1
 
 
 @cache
