@@ -90,8 +90,7 @@ class Plan:
         One decodes, one has the smallest chunk and one the largest.
         """
         chunks = {0, self.largest.chunk, min(b.chunk for b in self.buckets if b.chunk)}
-        rows = {self.max_num_seqs}
-        kept = [b for b in self.buckets if b.rows + b.chunk < wide or (b.chunk in chunks and b.rows in rows)]
+        kept = [b for b in self.buckets if b.rows + b.chunk < wide or (b.chunk in chunks and b.rows == self.max_num_seqs)]
         return replace(self, buckets=tuple(kept))
 
     @property

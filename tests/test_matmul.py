@@ -299,14 +299,15 @@ def test_a_decoder_is_the_same_through_the_kernels(name, rows, devices, monkeypa
         assert apart(ours, theirs) < 2e-2
 
 
-@pytest.mark.parametrize("devices", [1, 2])
-def test_a_norm_that_is_dropped_shows(devices, monkeypatch):
-    """The comparison above, with a planted mistake."""
+@pytest.mark.parametrize(("rows", "devices"), [(1, 1), (3, 1), (3, 2)])
+def test_a_norm_that_is_dropped_shows(rows, devices, monkeypatch):
+    """The comparison above, with a planted mistake in each of the ways."""
     decoder, parted = shaken(decoder_of("qwen2")), shaken(decoder_of("qwen2", devices))
-    linears = ManyRows("cpu", 2, interpret=True)
-    linears = linears if devices == 1 else ShardedLinears(linears, decoder_mesh(devices))
+    linears = OneRow("cpu", interpret=True) if rows == 1 else ManyRows("cpu", 2, interpret=True)
+    if devices > 1:
+        linears = ShardedLinears(ManyRows("cpu", 2, interpret=True), decoder_mesh(devices))
     monkeypatch.setattr(type(linears), "finish", lambda self, stream, norm: stream.h_ND)
-    assert apart(step(parted, linears, 3, devices=devices)[0], step(decoder, None, 3)[0]) > 0.1
+    assert apart(step(parted, linears, rows, devices=devices)[0], step(decoder, None, rows)[0]) > 0.1
 
 
 @cache
