@@ -2,9 +2,10 @@
 
 Each kernel runs many times inside one jit, which is one CUDA graph, over several sets of pages in turn, so that the second-level cache does
 not answer; a time is the difference between two repetition counts, so that what a call costs cancels; a row is the median of several
-differences. The bound is bytes over the device's measured read rate, or operations over its measured matrix rate (`bench.workloads`).
-`--tune` tries block sizes for the portable kernels and writes the fastest into the package's `tuning/` folder. Every row goes through
-`bench.record` as soon as its group is done.
+differences. Arithmetic takes a device to its power limit, where it lowers its clock, so prefill is timed twice: rested before each run,
+and in a load that never pauses. The bound is bytes over the device's measured read rate, or operations over its measured matrix rate
+(`bench.workloads`). `--tune` tries block sizes for the portable kernels and writes the fastest into the package's `tuning/` folder. Every
+row goes through `bench.record` as soon as its group is done.
 
 N tokens, M rows, Q query heads, K kv heads, H features a head.
 """
@@ -35,6 +36,9 @@ from pallas_kernels.shapes import DECODE, FP8, LLAMA_8B, PREFILL, QWEN_05B, QWEN
 
 L2_TIMES = 4  # pages of all sets together, in multiples of 64 MB: more than any device's second-level cache holds
 MEMORY = 60e9  # bytes of pages that the largest case may take
+REST = 0.1  # seconds before a rested run
+LOADS = ("rested", "sustained")
+LOADED = 0.5  # seconds of load before the first run in one: an H200 is at its limit after a tenth of that
 # FlashAttention-3 as vLLM 0.24 ships it, on an H200: 32/8 heads of 128, bfloat16, page 16.
 FA3 = {"NVIDIA H200": {"8b_1x8192": 1.98, "8b_16x4096": 3.69, "8b_64x4096": 4.22, "8b_256x1024": 3.81, "8b_2048": 472.0, "8b_8192": 698.0}}
 
@@ -85,16 +89,20 @@ class Timed:
     def lowered(self) -> list[Any]:
         return [jax.jit(self.chain(times * self.links)).lower(*self.args) for times in (1, 4)]
 
-    def seconds(self, few: Callable, many: Callable, repeats: int) -> float:
-        """Seconds of one link, by the two compiled programs."""
+    def seconds(self, few: Callable, many: Callable, repeats: int, load: str | None = None) -> float:
+        """Seconds of one link, by the two compiled programs. load: "rested", "sustained", or as it comes."""
 
         def once(run: Callable) -> float:
+            time.sleep(REST if load == "rested" else 0)
             start = time.perf_counter()
             jax.block_until_ready(run(*self.args))
             return time.perf_counter() - start
 
         for run in (few, many, few, many):  # its graph recorded
             once(run)
+        loaded = time.perf_counter() + (LOADED if load == "sustained" else 0)
+        while time.perf_counter() < loaded:
+            once(many)
         return statistics.median((once(many) - once(few)) / (3 * self.links) for _ in range(repeats))
 
 
@@ -126,9 +134,12 @@ def attention(case: Case, implementation: str, rows: Rows | None = None) -> Time
     return Timed(chain, (sets, rows, jax.jit(plan)(rows)), max(4, len(sets)))
 
 
-def attention_seconds(case: Case, implementation: str, repeats: int) -> float:
+def attention_seconds(case: Case, implementation: str, repeats: int) -> dict[str | None, float]:
+    """By load: of a case that is arithmetic, rested and sustained."""
     timed = attention(case, implementation)
-    return seconds(timed, repeats) - _holding_seconds(timed.args[1].table_MP.shape, timed.links, repeats)
+    few, many = (program.compile() for program in timed.lowered())
+    holding = _holding_seconds(timed.args[1].table_MP.shape, timed.links, repeats)
+    return {load: timed.seconds(few, many, repeats, load) - holding for load in (LOADS if case.chunk else (None,))}
 
 
 def _after(rows: Rows, out: jax.Array) -> Rows:
@@ -215,30 +226,34 @@ class Bench:
         return self.args.implementation or [implementation_for(capability_of(self.device), **shape)]
 
     def attention(self, name: str, case: Case) -> None:
-        decode = not case.chunk
         for implementation in self.implementations(case):
             try:
-                took = attention_seconds(case, implementation, self.args.repeats)
+                times = attention_seconds(case, implementation, self.args.repeats)
             except NotImplementedError as error:
                 print(f"{name}: {error}", flush=True)
                 continue
-            done = (read_bytes(case) if decode else operations(case)) / took / 1e12
-            limit = self.machine and (self.machine.read if decode else self.machine.ops) / 1e12
-            heads = case.heads
-            row = {
-                "name": "kernel_decode_TBps" if decode else "kernel_prefill_TFs",
-                "value": round(done, 3),
-                "unit": "TB/s" if decode else "TFLOP/s",
-                "case": name,
-                "implementation": implementation,
-                "batch": len(case.lengths),
-                "context": round(statistics.mean(case.lengths)),
-                "tokens": case.chunk or len(case.lengths),
-                "page": case.page_size,
-                **asdict(heads),
-                "dtype": case.page_dtype,
-            } | ({"MB": round(read_bytes(case) / 1e6, 1)} if decode else {})
-            self.keep(row, took, limit, FA3.get(self.device.device_kind, {}).get(name) if case.page_dtype == "bfloat16" else None)
+            for load, took in times.items():
+                self.attended(name, case, implementation, took, {} if load is None else {"load": load})
+
+    def attended(self, name: str, case: Case, implementation: str, took: float, load: dict[str, str]) -> None:
+        decode = not case.chunk
+        done = (read_bytes(case) if decode else operations(case)) / took / 1e12
+        limit = self.machine and (self.machine.read if decode else self.machine.ops) / 1e12
+        row = {
+            "name": "kernel_decode_TBps" if decode else "kernel_prefill_TFs",
+            "value": round(done, 3),
+            "unit": "TB/s" if decode else "TFLOP/s",
+            "case": name,
+            "implementation": implementation,
+            "batch": len(case.lengths),
+            "context": round(statistics.mean(case.lengths)),
+            "tokens": case.chunk or len(case.lengths),
+            "page": case.page_size,
+            **asdict(case.heads),
+            "dtype": case.page_dtype,
+        }
+        row |= ({"MB": round(read_bytes(case) / 1e6, 1)} if decode else {}) | load
+        self.keep(row, took, limit, FA3.get(self.device.device_kind, {}).get(name) if case.page_dtype == "bfloat16" else None)
 
     def write(self, rows: int, heads: Heads) -> None:
         took = write_seconds(rows, heads, 64, self.args.repeats)
@@ -258,6 +273,7 @@ class Bench:
         row |= {key: round(value, 3) for key, value in (("limit", limit), ("anchor", anchor)) if value is not None}
         share = "" if limit is None or row["unit"] == "us" else f"  {100 * row['value'] / limit:5.1f}% of {limit:.4g}"
         kind = f"{row.get('implementation', '')} {row['heads']}/{row['kv_heads']}x{row['head_dim']} page {row['page']} {row['dtype']}"
+        kind += f" {row.get('load', '')}"
         value = f"{row['value']:9.3f} {row['unit']:8} {took * 1e6:9.2f} us{share}"
         print(f"{row['name']:20} {row.get('case', row['batch']):>16} {kind:50} {value}", flush=True)
         self.rows.append(row)

@@ -2,18 +2,21 @@
 
 Weights are cold: each call reads another copy, and all of them together are more than the second-level cache holds. A time is the median
 of a kernel's runs as JAX's profiler saw them, and beside it stands what reading the weights must take. Before it is timed, whatever is
-ours is compared with float64. `--tune` tries tiles for steps of one row and writes the fastest into the package's `tuning/linear/` folder;
-for 8, 64 and 256 the tile in that folder is timed beside XLA's own product, and marked as compared. Of several devices one's part is timed.
+ours is compared with float64. For 8, 64 and 256 rows the tile in the package's `tuning/linear/` folder is timed beside XLA's own product,
+and marked as compared. `--tune` tries tiles first, and writes the fastest into that folder, if it is faster than XLA's product. A product
+of more rows than one may leave parts, which are dear to whoever sums them, so it is tuned together with its reader: the norm behind o and
+down, the turn and write behind QKV. Of several devices one's part is timed.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -28,8 +31,11 @@ from bench import record
 from bench.profile import spans
 from bench.workloads import MACHINES, SHAPES, Shape
 from pallas_kernels.blocks import file_name
+from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
+from pallas_kernels.matmul_join import join
 from pallas_kernels.matmul_one_row import Tile, linear
+from pallas_kernels.matmul_sm90 import LINES, stages
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows_linear
 from pallas_kernels.matmul_sm90_wide import Tile as WideTile
@@ -39,6 +45,8 @@ MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "llama-3.1-8b")
 COLD = 200e6  # bytes of weights between two reads of the same one
 RIGHT = 1e-2  # share of an error that rounding to bfloat16 explains
 WIDEST = 2**15  # weights of a turn: what registers hold
+MANY = (8, 64, 256)  # rows that the tuning file has tiles for, beside one
+FASTER = 0.98  # of another's time: a smaller gain is noise, and no reason to change
 CANDIDATES = [
     Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
     Tile(1, 2048, 2), Tile(1, 4096, 4), Tile(2, 2048, 4), Tile(2, 4096, 8), Tile(1, 8192, 8), Tile(2, 8192, 8), Tile(2, 1024, 2),
@@ -113,6 +121,21 @@ def candidates(product: Product) -> list[Tile]:
     return list(dict.fromkeys(t for t in fitting if not t.ahead or t.inputs < product.inputs))
 
 
+def many_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTile]:
+    """For each way to split the inputs and to share the copies of x, the tile whose blocks fill the multiprocessors best, in one wave."""
+    lines, halves, found = max(1, rows // (2 * LINES)), 1 + product.gated, {}
+    for features, inputs, parts, cluster in itertools.product(range(24, 136, 8), (64, 128), (1, 2, 4, 7), (1, 2, 4)):
+        tile, wide, turns = ManyTile(features, inputs, parts, cluster), features * halves, product.inputs // (inputs * parts)
+        blocks = -(-product.features // (features * cluster)) * cluster * parts
+        # Other clusters gained nothing; wider turns leave too few of them in shared memory.
+        usual = cluster == 1 if rows < LINES else cluster > 1 if rows == LINES else cluster < 4 and (inputs == 64 or wide <= LINES)
+        fits = product.inputs % (inputs * parts) == 0 and wide * lines <= 256 and not (product.gated and parts > 1)
+        held = usual and fits and stages(rows, product.inputs, tile, halves=halves, itemsize=2) >= min(3, turns)
+        if held and cores / 2 <= blocks <= cores:
+            found.setdefault((inputs, parts, cluster), tile)
+    return list(found.values())
+
+
 def apart(found: Any, meant: np.ndarray) -> float:
     return float(np.linalg.norm(np.asarray(found, np.float64) - meant) / np.linalg.norm(meant))
 
@@ -166,6 +189,69 @@ def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
     return tuned(product, 1, tiles[order[0]], times[order[0]])
 
 
+@dataclass(frozen=True)
+class Reader:
+    """What stands behind a product of many rows in a layer of the model, and sums its parts."""
+
+    name: str
+    shape: Shape
+
+    def draw(self, rows: int) -> dict[str, jax.Array]:
+        """What it reads besides the product."""
+        key, shape = jax.random.key(2), self.shape
+        if self.name in ("o", "down"):
+            return {"h_ND": jax.random.normal(key, (rows, shape.hidden), jnp.bfloat16), "norm_D": jnp.ones(shape.hidden, jnp.bfloat16)}
+        if self.name == "gate_up":
+            return {}
+        pages = jnp.zeros((-(-rows // 64), shape.kv_heads, 64, shape.head_dim), jnp.bfloat16)
+        angle = jax.random.uniform(key, (rows, 1, shape.head_dim // 2))
+        return {"k_pages": pages, "v_pages": pages, "slot_N": jnp.arange(rows), "cos": jnp.cos(angle), "sin": jnp.sin(angle)}
+
+    def __call__(self, parts_PNF: jax.Array, around: dict[str, jax.Array]) -> Any:
+        if self.name in ("o", "down"):
+            return join(around["h_ND"], parts_PNF, around["norm_D"], eps=1e-6)[1]
+        if self.name == "gate_up":
+            return parts_PNF
+        pages, turns = (around["k_pages"], around["v_pages"]), (around["cos"], around["sin"])
+        return turn_and_write(*pages, parts_PNF, around["slot_N"], heads=self.shape.heads, cos_sin=turns)
+
+
+def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cores: int) -> dict[str, Any] | None:
+    """The fastest tile of so many rows as the tuning file has it, the product's reader considered; None if XLA's product is faster."""
+    shape, used = Shape.of(SHAPES[model]), many_rows_tile(kind, rows, product, trial=True)
+    assert shape is not None
+    call, reader = Call.draw(product, name, rows), Reader(name, shape)
+    call = replace(call, around=reader.draw(rows))
+    tiles = list(dict.fromkeys([*([used] if used is not None else []), *many_rows_candidates(product, rows, cores)]))
+
+    def made(tile: AnyTile | None) -> Callable:
+        def run(x, weight, around):
+            if tile is not None:
+                return reader(_ours(tile, call.act, x, weight, {}), around)
+            y = jnp.einsum("nd,fd->nf", x, weight)
+            if call.act is not None:
+                gate, up = jnp.split(y, 2, axis=1)
+                y = call.act(gate) * up
+            return reader(y[None], around)
+
+        return compiled(call, run)
+
+    with ThreadPoolExecutor() as pool:
+        xla, *runs = pool.map(made, [None, *tiles])
+    meant, *found = (np.asarray(jax.tree.leaves(run(call.x, call.weights[0], call.around))[0], np.float64) for run in (xla, *runs))
+    if wrong := [tile for tile, out in zip(tiles, found, strict=True) if not apart(out, meant) < RIGHT]:
+        raise SystemExit(f"{product}, {rows} rows: these tiles compute something else: {wrong}")
+    times, others = timed(runs, call) if runs else [], timed([xla], call)[0]
+    order = sorted(range(len(tiles)), key=lambda i: times[i] * (FASTER if tiles[i] == used else 1))
+    tried = ", ".join(f"{astuple(tiles[i])} {times[i]:.2f}" for i in order)
+    print(f"{rows:4} {name:8} {product}: XLA {others:.2f} us; {tried}", flush=True)
+    if not order or times[order[0]] > others:
+        return None
+    best = tiles[order[0]]
+    alone = compiled(call, lambda x, weight, around: _ours(best, call.act, x, weight, {}))
+    return tuned(product, rows, best, timed([alone], call)[0])
+
+
 def compare(
     kind: str, model: str, name: str, product: Product, rows: int, devices: int = 1
 ) -> tuple[list[record.Row], dict[str, Any] | None]:
@@ -184,7 +270,7 @@ def compare(
     ]
     for row in found:
         print(f"{name:8} {row['by']:5}", record.describe(row), flush=True)
-    return found, tuned(product, rows, tile, found[-1]["value"]) if rows in (8, 64, 256) and tile is not None else None
+    return found, tuned(product, rows, tile, found[-1]["value"]) if rows in MANY and tile is not None else None
 
 
 def _ours(tile: AnyTile, act, x, weight, around):
@@ -201,8 +287,8 @@ def tuned(product: Product, rows: int, tile: AnyTile, us: float) -> dict[str, An
     return row | {"tile": [int(n) for n in astuple(tile)], "us": round(us, 2), "compared": True}
 
 
-def write(kind: str, rows: list[dict[str, Any]], folder: Path) -> Path:
-    """Puts rows into the device's tuning file, in place of those of the same rows and product."""
+def write(kind: str, rows: list[dict[str, Any]], folder: Path, tried: Iterable[tuple[int, Product]] = ()) -> Path:
+    """Puts rows into the device's tuning file, in place of those of the same rows and product, or of products that were tried so."""
     path = folder / file_name(kind)
     head = {"device": kind, "tile": "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks"}
     head["compared"] = "with float32 or more on a GPU; no engine takes the others"
@@ -211,7 +297,8 @@ def write(kind: str, rows: list[dict[str, Any]], folder: Path) -> Path:
     def key(row: dict[str, Any]) -> tuple:
         return row["rows"], row["inputs"], row["features"], row["gated"]
 
-    merged = {key(row): row for row in (*kept, *rows)}
+    gone = {(rows, product.inputs, product.features, product.gated) for rows, product in tried}
+    merged = {key(row): row for row in (*(row for row in kept if key(row) not in gone), *rows)}
     lines = ",\n".join("    " + json.dumps(merged[k]) for k in sorted(merged))
     path.write_text(json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "rows": [\n{lines}\n  ]\n}}\n')
     return path
@@ -222,7 +309,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", nargs="+", choices=list(SHAPES), default=list(MODELS), help=f"default: {' '.join(MODELS)}")
     made.add_argument("--rows", nargs="*", type=int, default=[1, 8, 64, 256], help="rows of the steps that are timed")
     made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="time one device's part among so many (default: 1)")
-    made.add_argument("--tune", action="store_true", help="first find the tiles of steps of one row, and write them into the package")
+    made.add_argument("--tune", action="store_true", help="find the tiles for these rows (1, 8, 64, 256), and write them into the package")
     made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
     return made
 
@@ -236,10 +323,20 @@ def main(argv: list[str] | None = None) -> None:
         )
     kind, folder = device.device_kind, Path(pallas_kernels.__file__).parent / "tuning" / "linear"
     if args.tune and args.tensor_parallel_size > 1:
-        raise SystemExit("--tune finds tiles for steps of one row, which several devices leave to XLA; leave out --tensor-parallel-size")
+        raise SystemExit("--tune finds tiles for whole products, and of several devices each has parts; leave out --tensor-parallel-size")
+    if args.tune and (unknown := sorted({*args.rows} - {1, *MANY})):
+        raise SystemExit(
+            f"--tune finds tiles for {', '.join(map(str, (1, *MANY)))} rows, and --rows asks for {', '.join(map(str, unknown))}"
+        )
     if args.tune:
-        found = [tune(kind, name, product) for model in args.model for name, product in products(model).items()]
-        print(f"written: {write(kind, found, folder)}; the next process takes them")
+        for model, rows in itertools.product(args.model, args.rows):
+            each = products(model)
+            if rows == 1:
+                found = [tune(kind, name, product) for name, product in each.items()]
+            else:
+                found = [tune_many(kind, model, name, product, rows, device.core_count) for name, product in each.items()]
+            path = write(kind, [row for row in found if row is not None], folder, [(rows, product) for product in each.values()])
+            print(f"written: {path}; the next process takes them", flush=True)
         return
     command = record.command("python -m bench.linears", argv, args.results)
     for model in args.model:

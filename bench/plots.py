@@ -101,4 +101,5 @@ def kernels(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
 
 def _line(row: dict[str, Any]) -> str:
-    return f"{row['heads']}/{row['kv_heads']} heads of {row['head_dim']}, page {row['page']}, {row['dtype']}, {row['implementation']}"
+    line = f"{row['heads']}/{row['kv_heads']} heads of {row['head_dim']}, page {row['page']}, {row['dtype']}, {row['implementation']}"
+    return line + (f", {row['load']}" if "load" in row else "")

@@ -2,11 +2,10 @@
 
 A tile is a run of one row's chunk tokens with the query heads of one kv head, packed into 2 x 64 lines, a warpgroup each. The feeding
 warpgroup copies the tile's queries and the row's pages, newest first, by TMA into a ring of stages. Each attending warpgroup asks the
-tensor cores for the scores of the next KV block and for the output of the last one together; the two take turns at asking, and the turn
-passes once the scores are there, so that one multiplies while the other exponentiates. Only blocks on the diagonal, or at a window's far
-edge, are masked.
+tensor cores for the scores of the next KV block and for the output of the last one together; the two get out of step by themselves, so that
+one multiplies while the other exponentiates. Only blocks on the diagonal, or at a window's far edge, are masked.
 
-Letters: N tokens, I tiles, R the 64 lines of a warpgroup, S tokens in a KV block, H features.
+Letters: N tokens, I tiles, R the 64 lines of a warpgroup, S tokens in a KV block, H features, C the columns that sums are kept in.
 """
 
 import math
@@ -28,6 +27,7 @@ LINES = 64  # of a warpgroup: wgmma's M
 ATTENDING = 2  # warpgroups
 KV_BLOCK = 128
 STAGES = 2
+COLUMNS = 8  # of wgmma's layout, of which each of four threads has two
 LOG2E = math.log2(math.e)
 LAYOUT = plgpu.Layout.WGMMA
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
@@ -103,7 +103,6 @@ def prefill(
         v_here=plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
         k_free=plgpu.Barrier(num_arrivals=ATTENDING, num_barriers=STAGES),
         v_free=plgpu.Barrier(num_arrivals=ATTENDING, num_barriers=STAGES),
-        my_turn=plgpu.Barrier(num_barriers=ATTENDING),
         clean=plgpu.Barrier(num_arrivals=ATTENDING, num_barriers=STAGES),
     )
     if interpret:
@@ -127,14 +126,12 @@ def prefill(
 def _kernel(options: _Options, q, k, v, table, row, begin, size, position, length, count, o, **scratch):
     lists = dict(table=table, length=length, row=row, begin=begin, size=size, position=position, count=count)
     refs = SimpleNamespace(q=q, k=k, v=v, o=o, **lists, **scratch)
-    warpgroup, first = lax.axis_index("warpgroup"), lax.rem(lax.axis_index("worker"), jnp.int32(ATTENDING))
+    warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup < ATTENDING)
     def _():
         plgpu.set_max_registers(232, action="increase")
-        pl.when(warpgroup != first)(lambda: plgpu.barrier_arrive(refs.my_turn.at[first]))
         _items(options, refs, partial(_attend_item, options, refs, warpgroup))
-        pl.when(warpgroup == first)(lambda: plgpu.barrier_wait(refs.my_turn.at[first]))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == ATTENDING)
@@ -332,19 +329,19 @@ def _attend_blocks(options: _Options, refs, mine, item):
     s_RS = _product(mine.q_s, refs.k_s.at[stage].transpose((1, 0)), (LINES, KV_BLOCK))
     plgpu.barrier_arrive(refs.k_free.at[stage])
     peak_R = plgpu.layout_cast(jnp.full((LINES,), LOW, jnp.float32), LAYOUT.reduce(1))
-    sum_R = plgpu.layout_cast(jnp.zeros((LINES,), jnp.float32), LAYOUT.reduce(1))
-    peak_R, sum_R, _, p_RS = _softmax(options, mine, item, s_RS, peak_R, sum_R, item.high - 1)
+    sum_RC = plgpu.layout_cast(jnp.zeros((LINES, COLUMNS), jnp.float32), LAYOUT)
+    peak_R, sum_RC, _, p_RS = _softmax(options, mine, item, s_RS, peak_R, sum_RC, item.high - 1)
     plgpu.barrier_wait(refs.v_here.at[stage])
     _clean_tail(refs, mine, item, stage)
 
     o_RH = plgpu.layout_cast(jnp.zeros((LINES, options.head_dim), jnp.float32), LAYOUT)
-    state = (o_RH, peak_R, sum_R, p_RS.astype(refs.k.dtype))
+    state = (o_RH, peak_R, sum_RC, p_RS.astype(refs.k.dtype))
     attend = partial(_attend_interpreted if options.interpret else _attend_block, options, refs, mine, item)
     state = lax.fori_loop(1, item.masked, partial(attend, edge=True), state)
     state = lax.fori_loop(item.masked, item.whole, partial(attend, edge=False), state)
     if options.window is not None:
         state = lax.fori_loop(item.whole, item.blocks, partial(attend, edge=True), state)
-    o_RH, _, sum_R, p_RS = state
+    o_RH, _, sum_RC, p_RS = state
 
     stage = lax.rem(mine.turn + item.blocks - 1, jnp.int32(STAGES))
     pl.when(item.blocks > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[stage]))
@@ -355,12 +352,12 @@ def _attend_blocks(options: _Options, refs, mine, item):
     else:
         o_RH = pl.run_state(lambda out: plgpu.wgmma(out, p_RS, refs.v_s.at[stage]))(ACC.init(o_RH))
     plgpu.barrier_arrive(refs.v_free.at[stage])
-    return o_RH * lax.broadcast_in_dim(1 / jnp.maximum(sum_R, 1e-30), o_RH.shape, [0])
+    return o_RH * _each(1 / jnp.maximum(sum_RC.sum(axis=1), 1e-30), o_RH)
 
 
 def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
     """One turn: the scores of block i (from the newest) and the output of block i - 1, asked for together."""
-    o_RH, peak_R, sum_R, p_RS = state
+    o_RH, peak_R, sum_RC, p_RS = state
     stage, last = lax.rem(mine.turn + i, jnp.int32(STAGES)), lax.rem(mine.turn + i - 1, jnp.int32(STAGES))
 
     def ask(held):
@@ -368,14 +365,11 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
         # Waited for before there is an accumulator: else the assembler zeroes its 64 registers, where it may tell the product not to add.
         plgpu.barrier_wait(refs.k_here.at[stage])
         pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
-        plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
 
         def scores(s_acc):
             plgpu.wgmma(s_acc, mine.q_s, refs.k_s.at[stage].transpose((1, 0)))
             plgpu.wgmma(o_acc, p_RS, refs.v_s.at[last])
-            found = lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
-            plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
-            return found
+            return lax.optimization_barrier(plgpu.wgmma_accumulator_load(s_acc, wait_n=1))
 
         s_RS = pl.run_scoped(scores, ACC((LINES, KV_BLOCK), jnp.float32))
         plgpu.barrier_arrive(refs.k_free.at[stage])
@@ -383,29 +377,27 @@ def _attend_block(options: _Options, refs, mine, item, i, state, *, edge):
         peak[...], total[...], keep[...], p[...] = _softmax(options, mine, item, s_RS, peak[...], total[...], block)
 
     new_RS = plgpu.layout_cast(jnp.zeros(p_RS.shape, jnp.float32), LAYOUT)
-    o_RH, peak_R, sum_R, keep_R, new_RS = pl.run_state(ask)((ACC.init(o_RH), peak_R, sum_R, sum_R, new_RS))
+    o_RH, peak_R, sum_RC, keep_R, new_RS = pl.run_state(ask)((ACC.init(o_RH), peak_R, sum_RC, peak_R, new_RS))
     plgpu.barrier_arrive(refs.v_free.at[last])
     # Rounded only now: while the tensor cores still read the last weights, the new ones must not take their registers.
     o_RH, new_RS = lax.optimization_barrier((o_RH, new_RS))
-    return o_RH * lax.broadcast_in_dim(keep_R, o_RH.shape, [0]), peak_R, sum_R, new_RS.astype(p_RS.dtype)
+    return o_RH * _each(keep_R, o_RH), peak_R, sum_RC, new_RS.astype(p_RS.dtype)
 
 
 def _attend_interpreted(options: _Options, refs, mine, item, i, state, *, edge):
     """`_attend_block` for the interpreter, which knows no accumulator with a beginning and no operand in registers."""
-    o_RH, peak_R, sum_R, p_RS = state
+    o_RH, peak_R, sum_RC, p_RS = state
     stage, last = lax.rem(mine.turn + i, jnp.int32(STAGES)), lax.rem(mine.turn + i - 1, jnp.int32(STAGES))
     plgpu.barrier_wait(refs.k_here.at[stage])
     pl.when(i > 1)(lambda: plgpu.barrier_wait(refs.v_here.at[last]))
-    plgpu.barrier_wait(refs.my_turn.at[mine.warpgroup])
     mine.p_s[...] = p_RS
     plgpu.commit_smem()
     s_RS = _product(mine.q_s, refs.k_s.at[stage].transpose((1, 0)), (LINES, KV_BLOCK))
     o_RH += _product(mine.p_s, refs.v_s.at[last], o_RH.shape)
-    plgpu.barrier_arrive(refs.my_turn.at[1 - mine.warpgroup])
     plgpu.barrier_arrive(refs.k_free.at[stage])
     plgpu.barrier_arrive(refs.v_free.at[last])
-    peak_R, sum_R, keep_R, new_RS = _softmax(options, mine, item, s_RS, peak_R, sum_R, item.high - 1 - i if edge else None)
-    return o_RH * lax.broadcast_in_dim(keep_R, o_RH.shape, [0]), peak_R, sum_R, new_RS.astype(p_RS.dtype)
+    peak_R, sum_RC, keep_R, new_RS = _softmax(options, mine, item, s_RS, peak_R, sum_RC, item.high - 1 - i if edge else None)
+    return o_RH * _each(keep_R, o_RH), peak_R, sum_RC, new_RS.astype(p_RS.dtype)
 
 
 def _masked(options: _Options, mine, item, s_RS, block):
@@ -419,9 +411,10 @@ def _masked(options: _Options, mine, item, s_RS, block):
     return jnp.where(seen_RS, s_RS, -jnp.inf)
 
 
-def _softmax(options: _Options, mine, item, s_RS, peak_R, sum_R, edge):
+def _softmax(options: _Options, mine, item, s_RS, peak_R, sum_RC, edge):
     """One turn of the online softmax: the peaks, the sums, what earlier outputs are to be multiplied with, and the weights.
 
+    A line's sum is that over its columns, which are added up when all blocks are through: each thread has its own till then.
     edge: the number of a block that some tokens do not see whole, else None.
     """
     if options.softcap is not None:
@@ -429,9 +422,17 @@ def _softmax(options: _Options, mine, item, s_RS, peak_R, sum_R, edge):
     if edge is not None:
         s_RS = _masked(options, mine, item, s_RS, edge)
     new_R = jnp.maximum(peak_R, s_RS.max(axis=1) * options.unit)
-    p_RS = jnp.exp2(s_RS * options.unit - lax.broadcast_in_dim(new_R, s_RS.shape, [0]))
+    p_RS = jnp.exp2(s_RS * options.unit - _each(new_R, s_RS))
     keep_R = jnp.exp2(peak_R - new_R)
-    return new_R, sum_R * keep_R + p_RS.sum(axis=1), keep_R, p_RS
+    sum_RC *= _each(keep_R, sum_RC)
+    for begin in range(0, KV_BLOCK, COLUMNS):
+        sum_RC += p_RS[:, begin : begin + COLUMNS]
+    return new_R, sum_RC, keep_R, p_RS
+
+
+def _each(x_R, like):
+    """A line's number in each of its columns."""
+    return lax.broadcast_in_dim(x_R, like.shape, [0])
 
 
 def _clean_tail(refs, mine, item, stage):

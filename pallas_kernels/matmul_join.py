@@ -35,7 +35,7 @@ def join(
         partial(_kernel, names=tuple(extras), size=size, eps=eps, offset=offset),
         grid=(rows,),
         out_shape=out,
-        compiler_params=plt.CompilerParams(num_warps=4 if size <= 2048 else 8, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=4 if size <= 2048 else 16, num_stages=1),
         interpret=interpret,
         name="join_norm",
     )(h_ND, norm_D, *extras.values())

@@ -128,10 +128,10 @@ def test_without_a_mistake_there_is_nothing_to_catch(case):
 SM90 = Case(Heads(2, 1, 64), (150, 9), (20, 9), page_size=16, window=60, softcap=5.0, spare=3)
 
 
-def carries_on(options, mine, item, s_RS, peak_R, sum_R, edge):
+def carries_on(options, mine, item, s_RS, peak_R, sum_RC, edge):
     """Hopper's softmax, but for what has been summed before: it stays as it is when the peak rises."""
-    new_R, sum_R, keep_R, p_RS = RIGHT_SOFTMAX(options, mine, item, s_RS, peak_R, sum_R, edge)
-    return new_R, sum_R, jnp.ones_like(keep_R), p_RS
+    new_R, sum_RC, keep_R, p_RS = RIGHT_SOFTMAX(options, mine, item, s_RS, peak_R, sum_RC, edge)
+    return new_R, sum_RC, jnp.ones_like(keep_R), p_RS
 
 
 RIGHT_SOFTMAX = attention_sm90_prefill._softmax

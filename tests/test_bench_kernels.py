@@ -3,6 +3,7 @@
 import itertools
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -76,6 +77,26 @@ def test_tuning_writes_what_plans_then_read(table, monkeypatch):
     assert chosen(64, head_dim=128) == blocks.default_decode(128, "bfloat16", 64)
     assert chosen(64, dtype=FP8) == blocks.default_decode(64, FP8, 64)
     assert chosen(64, kind="Another GPU") == blocks.default_decode(64, "bfloat16", 64) != wins[64]
+
+
+def test_arithmetic_is_timed_rested_and_in_a_load(monkeypatch):
+    """A device that slows down by half when it has not paused, with times of a machine's own."""
+    now, rested_until = [0.0], [0.0]
+
+    def sleep(seconds):
+        now[0] += seconds
+        rested_until[0] = now[0] + 0.05 if seconds else rested_until[0]
+
+    def program(links):
+        def run():
+            now[0] += links * (1e-3 if now[0] < rested_until[0] else 2e-3)
+
+        return run
+
+    monkeypatch.setattr(kernels, "time", SimpleNamespace(sleep=sleep, perf_counter=lambda: now[0]))
+    timed = kernels.Timed(lambda count: None, (), 4)
+    seconds = {load: timed.seconds(program(4), program(16), 3, load) for load in kernels.LOADS}
+    assert seconds == pytest.approx({"rested": 1e-3, "sustained": 2e-3})
 
 
 def test_a_small_gain_is_noise():

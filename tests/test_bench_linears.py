@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -9,9 +10,11 @@ import pytest
 from bench import linears
 from pallas_kernels import matmul
 from pallas_kernels.matmul import Product, one_row_tile
+from pallas_kernels.matmul_join import join
 from pallas_kernels.matmul_one_row import Tile, linear
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows
+from pallas_kernels.matmul_sm90 import stages
 
 SMALL = Product(24, 96, True)
 
@@ -80,6 +83,53 @@ def test_what_is_in_use_is_compared_and_then_timed_beside_xlas(rows, untimed, mo
     monkeypatch.setattr(linears, "_ours", lambda tile, act, x, weight, around: jnp.zeros((rows, 16)))
     with pytest.raises(SystemExit, match=f"{rows} rows: .* computes something else"):
         linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
+
+
+@pytest.mark.parametrize("product", [p for model in linears.MODELS for p in linears.products(model).values()], ids=str)
+@pytest.mark.parametrize("rows", linears.MANY)
+def test_every_tile_of_many_rows_is_one_wave_of_whole_turns(product, rows):
+    for tile in linears.many_rows_candidates(product, rows, 132):
+        blocks = -(-product.features // (tile.features * tile.cluster)) * tile.cluster * tile.parts
+        assert 66 <= blocks <= 132 and product.inputs % (tile.inputs * tile.parts) == 0 and not (product.gated and tile.parts > 1)
+        turns = product.inputs // (tile.inputs * tile.parts)
+        assert stages(rows, product.inputs, tile, halves=1 + product.gated, itemsize=2) >= min(2, turns)
+
+
+@pytest.fixture
+def many(monkeypatch):
+    """Two tiles, interpreted, with what reads them: of XLA's 5.0 microseconds, the second takes 2.0."""
+    monkeypatch.setattr(linears, "many_rows_linear", partial(many_rows, interpret=True))
+    monkeypatch.setattr(linears, "join", partial(join, interpret=True))
+    monkeypatch.setattr(linears, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
+    monkeypatch.setattr(linears, "many_rows_candidates", lambda *args: [ManyTile(8, 64, 2)])
+    monkeypatch.setattr(linears, "Shape", SimpleNamespace(of=lambda config: SimpleNamespace(hidden=16)))
+    monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 2.0] if len(runs) == 2 else [5.0])
+    monkeypatch.setattr(linears, "COLD", 1e4)
+
+
+ADDED = Product(16, 128)
+
+
+def test_a_tile_of_many_rows_is_chosen_with_its_reader(many, monkeypatch, tmp_path):
+    row = linears.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132)
+    assert row == linears.tuned(ADDED, 8, ManyTile(8, 64, 2), 5.0)
+    monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 2.0] if len(runs) == 2 else [1.0])
+    assert linears.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132) is None, "XLA's product is faster"
+    path = linears.write("NVIDIA H200", [row], tmp_path)
+    linears.write("NVIDIA H200", [], tmp_path, [(8, ADDED)])
+    assert json.loads(path.read_text())["rows"] == [], "what lost to XLA's is taken out"
+
+
+def test_a_part_that_its_reader_misses_is_refused(many, monkeypatch):
+    monkeypatch.setattr(linears, "join", lambda h, parts, norm, **options: join(h, parts[:1], norm, interpret=True, **options))
+    with pytest.raises(SystemExit, match=r"8 rows: these tiles compute something else: \[Tile\(features=8, inputs=64, parts=2"):
+        linears.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132)
+
+
+def test_rows_that_have_no_tiles_are_refused(monkeypatch):
+    monkeypatch.setattr(linears.jax, "devices", lambda: [SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", core_count=132)])
+    with pytest.raises(SystemExit, match="--tune finds tiles for 1, 8, 64, 256 rows, and --rows asks for 16, 32"):
+        linears.main(["--tune", "--rows", "8", "32", "16"])
 
 
 def test_it_wants_a_gpu_whose_limits_are_known():
