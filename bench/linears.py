@@ -222,7 +222,8 @@ def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cor
     assert shape is not None
     call, reader = Call.draw(product, name, rows), Reader(name, shape)
     call = replace(call, around=reader.draw(rows))
-    tiles = list(dict.fromkeys([*([used] if used is not None else []), *many_rows_candidates(product, rows, cores)]))
+    in_use: list[AnyTile] = [] if used is None else [used]
+    tiles = list(dict.fromkeys([*in_use, *many_rows_candidates(product, rows, cores)]))
 
     def made(tile: AnyTile | None) -> Callable:
         def run(x, weight, around):

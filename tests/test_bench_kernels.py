@@ -94,7 +94,7 @@ def test_arithmetic_is_timed_rested_and_in_a_load(monkeypatch):
         return run
 
     monkeypatch.setattr(kernels, "time", SimpleNamespace(sleep=sleep, perf_counter=lambda: now[0]))
-    timed = kernels.Timed(lambda count: None, (), 4)
+    timed = kernels.Timed(program, (), 4)
     seconds = {load: timed.seconds(program(4), program(16), 3, load) for load in kernels.LOADS}
     assert seconds == pytest.approx({"rested": 1e-3, "sustained": 2e-3})
 

@@ -112,7 +112,7 @@ ADDED = Product(16, 128)
 
 def test_a_tile_of_many_rows_is_chosen_with_its_reader(many, monkeypatch, tmp_path):
     row = linears.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132)
-    assert row == linears.tuned(ADDED, 8, ManyTile(8, 64, 2), 5.0)
+    assert row is not None and row == linears.tuned(ADDED, 8, ManyTile(8, 64, 2), 5.0)
     monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 2.0] if len(runs) == 2 else [1.0])
     assert linears.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132) is None, "XLA's product is faster"
     path = linears.write("NVIDIA H200", [row], tmp_path)
