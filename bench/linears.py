@@ -220,8 +220,8 @@ def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cor
     """The fastest tile of so many rows as the tuning file has it, the product's reader considered; None if XLA's product is faster."""
     shape, used = Shape.of(SHAPES[model]), many_rows_tile(kind, rows, product, trial=True)
     assert shape is not None
-    call, reader = Call.draw(product, name, rows), Reader(name, shape)
-    call = replace(call, around=reader.draw(rows))
+    plain, reader = Call.draw(product, name, rows), Reader(name, shape)
+    call = replace(plain, around=reader.draw(rows))
     in_use: list[AnyTile] = [] if used is None else [used]
     tiles = list(dict.fromkeys([*in_use, *many_rows_candidates(product, rows, cores)]))
 
@@ -246,10 +246,13 @@ def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cor
     order = sorted(range(len(tiles)), key=lambda i: times[i] * (FASTER if tiles[i] == used else 1))
     tried = ", ".join(f"{astuple(tiles[i])} {times[i]:.2f}" for i in order)
     print(f"{rows:4} {name:8} {product}: XLA {others:.2f} us; {tried}", flush=True)
-    if not order or times[order[0]] > others:
+    if not order or times[order[0]] * FASTER > others:
         return None
     best = tiles[order[0]]
     alone = compiled(call, lambda x, weight, around: _ours(best, call.act, x, weight, {}))
+    made = np.asarray(alone(call.x, call.weights[0], call.around), np.float64)
+    if not (error := apart(made.sum(0) if made.ndim == 3 else made, plain.meant())) < RIGHT:
+        raise SystemExit(f"{name} of {model}, {rows} rows: {best} computes something else, {error:.2g} of it")
     return tuned(product, rows, best, timed([alone], call)[0])
 
 
