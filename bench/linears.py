@@ -1,8 +1,8 @@
-"""Times the linear layers of a decode step on the GPU at hand, product by product: `python -m bench.linears [--tune] [--rows 1 8 64 256]`.
+"""Times the linear layers of a decode step on the GPU at hand, product by product: `python -m bench.linears [--tune] [--rows N ...]`.
 
 Weights are cold: each call reads another copy, and all of them together are more than the second-level cache holds. A time is the median
 of a kernel's runs as JAX's profiler saw them, and beside it stands what reading the weights must take. Before it is timed, whatever is
-ours is compared with float64. For 8, 64 and 256 rows the tile in the package's `tuning/linear/` folder is timed beside XLA's own product,
+ours is compared with float64. For 8, 64, 128 and 256 rows the tile in the package's `tuning/linear/` folder is timed beside XLA's own product,
 and marked as compared. `--tune` tries tiles first, and writes the fastest into that folder, if it is faster than XLA's product. A product
 of more rows than one may leave parts, which are dear to whoever sums them, so it is tuned together with its reader: the norm behind o and
 down, the turn and write behind QKV. Of several devices one's part is timed.
@@ -45,7 +45,7 @@ MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "llama-3.1-8b")
 COLD = 200e6  # bytes of weights between two reads of the same one
 RIGHT = 1e-2  # share of an error that rounding to bfloat16 explains
 WIDEST = 2**15  # weights of a turn: what registers hold
-MANY = (8, 64, 256)  # rows that the tuning file has tiles for, beside one
+MANY = (8, 64, 128, 256)  # rows that the tuning file has tiles for, beside one
 FASTER = 0.98  # of another's time: a smaller gain is noise, and no reason to change
 CANDIDATES = [
     Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
@@ -128,7 +128,7 @@ def many_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTi
         tile, wide, turns = ManyTile(features, inputs, parts, cluster), features * halves, product.inputs // (inputs * parts)
         blocks = -(-product.features // (features * cluster)) * cluster * parts
         # Other clusters gained nothing; wider turns leave too few of them in shared memory.
-        usual = cluster == 1 if rows < LINES else cluster > 1 if rows == LINES else cluster < 4 and (inputs == 64 or wide <= LINES)
+        usual = cluster == 1 if rows < LINES else cluster > 1 if rows <= 2 * LINES else cluster < 4 and (inputs == 64 or wide <= LINES)
         fits = product.inputs % (inputs * parts) == 0 and wide * lines <= 256 and not (product.gated and parts > 1)
         held = usual and fits and stages(rows, product.inputs, tile, halves=halves, itemsize=2) >= min(3, turns)
         if held and cores / 2 <= blocks <= cores:
@@ -311,9 +311,9 @@ def write(kind: str, rows: list[dict[str, Any]], folder: Path, tried: Iterable[t
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.linears", description=(__doc__ or "").partition("\n")[0])
     made.add_argument("--model", nargs="+", choices=list(SHAPES), default=list(MODELS), help=f"default: {' '.join(MODELS)}")
-    made.add_argument("--rows", nargs="*", type=int, default=[1, 8, 64, 256], help="rows of the steps that are timed")
+    made.add_argument("--rows", nargs="*", type=int, default=[1, *MANY], help="rows of the steps that are timed")
     made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="time one device's part among so many (default: 1)")
-    made.add_argument("--tune", action="store_true", help="find the tiles for these rows (1, 8, 64, 256), and write them into the package")
+    made.add_argument("--tune", action="store_true", help="find the tiles for these rows, and write them into the package")
     made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
     return made
 

@@ -164,6 +164,7 @@ class ManyRows:
 
 Linears = OneRow | ManyRows
 WIDE_ROWS = 768  # from here on a product is so many tiles that leaving the empty ones out pays; with fewer, cuBLAS fills the device better
+MEASURED = ((16, 8), (64, 64), (128, 128), (256, 256))  # up to so many rows, the tile that was measured with so many
 SMALL = 2**22  # weights of a QKV that is turned in its product's kernel: 0.5B's step is 3.6% shorter so, the 8B's 2% longer (H200)
 
 
@@ -238,14 +239,16 @@ def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = Fals
     if rows >= WIDE_ROWS:
         fits = rows % 8 == 0 and product.inputs % matmul_sm90_wide.INPUTS == 0 and product.features % 8 == 0
         return matmul_sm90_wide.Tile() if fits else None
-    lines = 8 if rows <= 16 else 64 if rows <= 128 else 256
-    tile = _measured(kind, trial).get((lines, product)) if rows in matmul_sm90.ROWS else None
+    if rows not in matmul_sm90.ROWS:
+        return None
+    measured, lines = _measured(kind, trial), next(lines for most, lines in MEASURED if rows <= most)
+    tile = measured.get((lines, product)) or (measured.get((64, product)) if lines == 128 else None)
     return None if tile is None else matmul_sm90.Tile(*tile)
 
 
 @cache
 def _measured(kind: str, trial: bool = False) -> dict[tuple[int, Product], list[Any]]:
-    """By rows (1; 8: up to 16, 64: up to 128; 256) and product, the tile that was the fastest on this kind of device."""
+    """By rows (1, or of `MEASURED`) and product, the tile that was the fastest on this kind of device."""
     path = files("pallas_kernels") / "tuning" / "linear" / file_name(kind)
     if not path.is_file():
         return {}

@@ -128,7 +128,7 @@ def test_a_part_that_its_reader_misses_is_refused(many, monkeypatch):
 
 def test_rows_that_have_no_tiles_are_refused(monkeypatch):
     monkeypatch.setattr(linears.jax, "devices", lambda: [SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", core_count=132)])
-    with pytest.raises(SystemExit, match="--tune finds tiles for 1, 8, 64, 256 rows, and --rows asks for 16, 32"):
+    with pytest.raises(SystemExit, match="--tune finds tiles for 1, 8, 64, 128, 256 rows, and --rows asks for 16, 32"):
         linears.main(["--tune", "--rows", "8", "32", "16"])
 
 
