@@ -2,10 +2,10 @@
 
 Weights are cold: each call reads another copy, and all of them together are more than the second-level cache holds. A time is the median
 of a kernel's runs as JAX's profiler saw them, and beside it stands what reading the weights must take. Before it is timed, whatever is
-ours is compared with float64. For 8, 64, 128 and 256 rows the tile in the package's `tuning/linear/` folder is timed beside XLA's own product,
-and marked as compared. `--tune` tries tiles first, and writes the fastest into that folder, if it is faster than XLA's product. A product
-of more rows than one may leave parts, which are dear to whoever sums them, so it is tuned together with its reader: the norm behind o and
-down, the turn and write behind QKV. Of several devices one's part is timed.
+ours is compared with float64. For 8, 64, 128 and 256 rows the tile in the package's `tuning/linear/` folder is timed beside XLA's own
+product, and marked as compared. `--tune` tries tiles first, and writes the fastest into that folder, if it is faster than XLA's product. A
+product of more rows than one may leave parts, which are dear to whoever sums them, so it is tuned together with its reader: the norm
+behind o and down, the turn and write behind QKV. Of several devices one's part is timed.
 """
 
 import argparse
