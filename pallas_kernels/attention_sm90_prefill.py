@@ -424,10 +424,10 @@ def _softmax(options: _Options, mine, item, s_RS, peak_R, sum_RC, edge):
     new_R = jnp.maximum(peak_R, s_RS.max(axis=1) * options.unit)
     p_RS = jnp.exp2(s_RS * options.unit - _each(new_R, s_RS))
     keep_R = jnp.exp2(peak_R - new_R)
-    sum_RC *= _each(keep_R, sum_RC)
-    for begin in range(0, KV_BLOCK, COLUMNS):
-        sum_RC += p_RS[:, begin : begin + COLUMNS]
-    return new_R, sum_RC, keep_R, p_RS
+    new_RC = p_RS[:, :COLUMNS]
+    for begin in range(COLUMNS, KV_BLOCK, COLUMNS):
+        new_RC += p_RS[:, begin : begin + COLUMNS]
+    return new_R, sum_RC * _each(keep_R, sum_RC) + new_RC, keep_R, p_RS
 
 
 def _each(x_R, like):
