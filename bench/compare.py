@@ -31,6 +31,7 @@ NAMES = {
     "kernel_decode_TBps": ("decode attention kernel", True),
     "kernel_prefill_TFs": ("prefill attention kernel", True),
     "kernel_write_kv_us": ("KV write kernel", False),
+    "linear_us": ("a linear layer's product", False),
     "load_GBps": ("loading weights", True),
     "api_tok_s": ("HTTP: tokens made up", True),
     "streamed_step_ms": ("decode step, streamed", False),
@@ -45,7 +46,7 @@ NAMES = {
 # What was measured, in the order it is told. A dtype or tp that everybody has goes unsaid.
 _WHERE = (
     *("batch", "heads", "kv_heads", "head_dim", "page", "clients", "rate", "context", "input", "output", "lengths", "workload"),
-    *("load_format", "api_servers", "forms"),
+    *("load_format", "api_servers", "forms", "product", "by", "load"),
 )
 _WORDS = {
     "clients": "{} clients",
@@ -57,6 +58,7 @@ _WORDS = {
 }
 _WORDS |= {"heads": "{} heads", "kv_heads": "{} KV heads", "head_dim": "of {}", "page": "page {}", "lengths": "{}", "workload": "{}"}
 _WORDS |= {"load_format": "{} weights", "api_servers": "{} API processes", "forms": "{} rows with forms"}
+_WORDS |= {"product": "{}", "by": "{}", "load": "{}"}
 
 
 def read(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -161,7 +163,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         found = read(args.results)
         if args.readme:  # whole models only: who reads a README asks how fast those are
-            models = {device: kept for device, rows in found.items() if (kept := [row for row in rows if "model" in row])}
+            models = {device: [row for row in rows if "model" in row and "product" not in row] for device, rows in found.items()}
+            models = {device: rows for device, rows in models.items() if rows}
             args.readme.write_text(written(args.readme.read_text(), section(models)))
         else:
             print(section(found))
