@@ -225,7 +225,7 @@ def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cor
     in_use: list[AnyTile] = [] if used is None else [used]
     tiles = list(dict.fromkeys([*in_use, *many_rows_candidates(product, rows, cores)]))
 
-    def made(tile: AnyTile | None) -> Callable:
+    def run_of(tile: AnyTile | None) -> Callable:
         def run(x, weight, around):
             if tile is not None:
                 return reader(_ours(tile, call.act, x, weight, {}), around)
@@ -238,7 +238,7 @@ def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cor
         return compiled(call, run)
 
     with ThreadPoolExecutor() as pool:
-        xla, *runs = pool.map(made, [None, *tiles])
+        xla, *runs = pool.map(run_of, [None, *tiles])
     meant, *found = (np.asarray(jax.tree.leaves(run(call.x, call.weights[0], call.around))[0], np.float64) for run in (xla, *runs))
     if wrong := [tile for tile, out in zip(tiles, found, strict=True) if not apart(out, meant) < RIGHT]:
         raise SystemExit(f"{product}, {rows} rows: these tiles compute something else: {wrong}")

@@ -90,7 +90,7 @@ class Plan:
         One decodes, one has the smallest chunk and one the largest.
         """
         chunks = {0, self.largest.chunk, min(b.chunk for b in self.buckets if b.chunk)}
-        kept = [b for b in self.buckets if b.rows + b.chunk < wide or (b.chunk in chunks and b.rows == self.max_num_seqs)]
+        kept = [b for b in self.buckets if b.rows + b.chunk < wide or (b.chunk in chunks and b.rows == self.largest.rows)]
         return replace(self, buckets=tuple(kept))
 
     @property
@@ -134,9 +134,10 @@ def make_plan(
         raise ConfigError(f"--num-scheduler-steps must be from 1 to --block-size, which is {page_size}, but it is {steps}")
     kv_dtype = choose_kv_dtype(config.kv_cache_dtype)
     page_bytes = kv_page_bytes(model, page_size, kv_dtype or dtype, config.tensor_parallel_size)
-    scored = Bucket(min(chunks), min(rows, 8), scored=True)
-    buckets = _buckets(rows, chunks, config.enforce_eager, machine, dtype)
-    step_bytes = _step_bytes(model, rows, max(chunks), scored, dtype, config.tensor_parallel_size)
+    lanes = rows if machine.memory is None else -(-rows // 8) * 8  # a GPU's kernels for prompts take lanes by the eight
+    scored = Bucket(min(chunks), min(lanes, 8), scored=True)
+    buckets = _buckets(rows, lanes, chunks, config.enforce_eager, machine, dtype)
+    step_bytes = _step_bytes(model, lanes, max(chunks), scored, dtype, config.tensor_parallel_size)
     beside = step_bytes + _kept_bytes(model, (*buckets, scored), rows, -(-wanted // page_size)) + (rows + 1) * row_bytes + SLACK
     pages = config.num_gpu_blocks_override or _num_pages(machine, rows, wanted, page_size, page_bytes, weight_bytes + beside)
     if pages * page_size < wanted:
@@ -222,17 +223,20 @@ def _paced(chunks: list[int], weight_bytes: int) -> int:
     return max([size for size in chunks if size * weight_bytes <= PACE], default=chunks[0])
 
 
-def _buckets(rows: int, chunks: list[int], eager: bool, machine: Machine, dtype: str) -> tuple[Bucket, ...]:
+def _buckets(rows: int, lanes: int, chunks: list[int], eager: bool, machine: Machine, dtype: str) -> tuple[Bucket, ...]:
     """Decode shapes in powers of two, closer where a padded row costs arithmetic, and each chunk size with a few sizes of rows.
+
+    lanes: for the rows of the largest shapes. A row that is always alone decodes alone.
 
     On a CPU one row of 16 bits takes longer than eight: 26 ms a step of the default model instead of 7, and 3.3 in float32 (two cores).
     """
+    most = lanes if rows > 1 else 1
     if eager:
-        return tuple(sorted({Bucket(0, rows), Bucket(chunks[-1], rows)}))
+        return tuple(sorted({Bucket(0, most), Bucket(chunks[-1], lanes)}))
     gpu = machine.memory is not None
     few = (1, 8, 32, 64, 128, 256, 384, 512, 768) if gpu else (1, 8) if dtype == "float32" else (8,)
-    decode = {Bucket(0, min(r, rows)) for r in (*few, rows)}
-    mixed = {Bucket(c, min(r, rows)) for c in chunks for r in ((64, 256, rows) if gpu else (8, rows))}
+    decode = {Bucket(0, min(r, most)) for r in (*few, most)}
+    mixed = {Bucket(c, min(r, lanes)) for c in chunks for r in ((64, 256, lanes) if gpu else (8, lanes))}
     return tuple(sorted(decode | mixed))
 
 

@@ -19,7 +19,8 @@ from jaxllm.request import Output, Request
 from jaxllm.runner import Runner
 
 LONGEST = 48
-BUCKETS = tuple(sorted({Bucket(0, 1), Bucket(0, 4), Bucket(4, 4), Bucket(16, 4)}))
+LANES = 6  # more than the four rows there may be, as on a GPU, where lanes come by the eight
+BUCKETS = tuple(sorted({Bucket(0, 1), Bucket(0, LANES), Bucket(4, LANES), Bucket(16, LANES)}))
 EOS = frozenset({3})
 COMPILED = "/jax/core/compile/backend_compile_duration"
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import EOS, Gather, answer, core, dense_logits, finish, naive, runner
+from engines import EOS, LANES, Gather, answer, core, dense_logits, finish, naive, runner
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -27,13 +27,13 @@ prompts = st.lists(st.integers(4, 63), min_size=1, max_size=24)
 @given(
     asked=st.lists(st.tuples(prompts, st.integers(1, 14), st.integers(0, 6)), min_size=1, max_size=7),
     pages=st.integers(12, 30),
-    chunks=st.sampled_from([(Bucket(4, 4),), (Bucket(4, 4), Bucket(16, 4))]),
+    chunks=st.sampled_from([(Bucket(4, LANES),), (Bucket(4, LANES), Bucket(16, LANES))]),
     prefix=st.booleans(),
     share=st.booleans(),
 )
 def test_greedy_tokens_equal_the_naive_loop(model, asked, pages, chunks, prefix, share):
     """Random arrivals on a small cache: chunked prompts beside decodes, forced preemption, prefix hits."""
-    engine = core(model, num_pages=pages, buckets=tuple(sorted({Bucket(0, 1), Bucket(0, 4), *chunks})), enable_prefix_caching=prefix)
+    engine = core(model, num_pages=pages, buckets=tuple(sorted({Bucket(0, 1), Bucket(0, LANES), *chunks})), enable_prefix_caching=prefix)
     gathers = []
     for i, (prompt, count, turns) in enumerate(asked):
         if share and i:
@@ -191,7 +191,7 @@ def test_an_answer_that_is_not_streamed_comes_once_and_whole():
 
 
 def test_a_shape_that_was_not_compiled_is_a_key_error():
-    engine = core("qwen3", buckets=(Bucket(0, 2), Bucket(4, 4), Bucket(16, 4)))
+    engine = core("qwen3", buckets=(Bucket(0, 2), Bucket(4, LANES), Bucket(16, LANES)))
     engine.add(greedy("x", [5, 6, 7, 8]), Gather())
     with pytest.raises(KeyError, match="rows=2"):
         finish(engine)

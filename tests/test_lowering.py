@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import jax
 import pytest
-from engines import counted_compilations, make_plan
+from engines import LANES, counted_compilations, make_plan
 from server_fixtures import STORIES
 from tiny import GOLDENS
 
@@ -102,8 +102,8 @@ def test_programs_made_from_something_else_are_not_taken(helped, caplog):
     other = dataclasses.replace(made, plan=dataclasses.replace(made.plan, num_pages=7))
     found = {program.name: done.as_text() for program, done in lowered(made.programs(), {}, other, 1)}
     assert found == texts(made, helpers=0)
-    assert "step of 4 rows and 16 prompt tokens was lowered for" in caplog.text
-    assert "masks" in helped.adopted and "step of 4 rows and 16 prompt tokens" not in helped.adopted
+    assert f"step of {LANES} rows and 16 prompt tokens was lowered for" in caplog.text
+    assert "masks" in helped.adopted and f"step of {LANES} rows and 16 prompt tokens" not in helped.adopted
 
 
 def test_a_program_that_cannot_be_lowered_fails_here(helped, caplog):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from engines import EOS, Gather, answer, dense_logits, make_plan, runner
+from engines import EOS, LANES, Gather, answer, dense_logits, make_plan, runner
 from fake_runner import FakeRunner
 from tiny import QUICK, TOKENS, decoder, run
 from twin import greedy, model, watched_answers, worst
@@ -38,7 +38,7 @@ PATCH = Patch(
     {"vector": np.zeros(WIDTH, np.float32), "strength": 0.0, "gain": 0.0, "since": 1 << 20},
     [(0, "resid_post"), (1, "resid_pre"), (0, "mlp_out"), (1, "attn_out")],
 )
-BUCKETS = (Bucket(0, 4), Bucket(16, 4))
+BUCKETS = (Bucket(0, LANES), Bucket(16, LANES))
 
 
 @cache

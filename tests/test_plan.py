@@ -101,6 +101,18 @@ def test_enforce_eager_compiles_two_shapes():
     assert plan(enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=512).buckets == (Bucket(0, 16), Bucket(512, 16))
 
 
+def test_lanes_of_a_gpu_s_rows_come_by_the_eight():
+    """As its kernels for prompts take them; the rows that may run are as asked, and one that is always alone decodes alone."""
+    for eager, rows, lanes in ((False, 100, 104), (True, 100, 104), (False, 3, 8), (False, 1, 8), (True, 1, 8)):
+        made = plan(max_num_seqs=rows, enforce_eager=eager, max_model_len=8192)
+        assert (made.max_num_seqs, made.largest) == (rows, Bucket(8192, lanes))
+        assert made.bucket(rows, 0) == Bucket(0, 1 if rows == 1 else lanes)
+        assert made.bucket(1, 1).rows == min(64, lanes) if not eager else lanes
+        assert {b.rows % 8 for b in (*made.buckets, made.scored) if b.chunk} == {0}
+        assert made.without_padding(768).largest == made.largest
+    assert plan(CPU, max_num_seqs=3, max_model_len=512).largest.rows == 3
+
+
 def test_auto_takes_what_memory_allows():
     made = plan(SMALL_GPU, max_model_len=-1, max_num_seqs=8, max_num_batched_tokens=512)
     assert made.max_model_len == made.num_pages * 64 < 131_072
@@ -109,7 +121,7 @@ def test_auto_takes_what_memory_allows():
 
 def test_options_are_taken_at_their_word():
     made = plan(max_num_seqs=300, max_num_batched_tokens=3000, block_size=32, max_model_len=1000, num_gpu_blocks_override=77)
-    assert (made.max_num_seqs, made.largest, made.page_size, made.max_pages, made.num_pages) == (300, Bucket(3000, 300), 32, 32, 77)
+    assert (made.max_num_seqs, made.largest, made.page_size, made.max_pages, made.num_pages) == (300, Bucket(3000, 304), 32, 32, 77)
 
 
 def test_on_a_cpu_the_cache_has_a_stated_size():
