@@ -241,8 +241,7 @@ def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = Fals
         return matmul_sm90_wide.Tile() if fits else None
     if rows not in matmul_sm90.ROWS:
         return None
-    measured, lines = _measured(kind, trial), next(lines for most, lines in MEASURED if rows <= most)
-    tile = measured.get((lines, product)) or (measured.get((64, product)) if lines == 128 else None)
+    tile = _measured(kind, trial).get((next(lines for most, lines in MEASURED if rows <= most), product))
     return None if tile is None else matmul_sm90.Tile(*tile)
 
 
