@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import pytest
 
-from bench import linears
+from bench import calls, linears, tiles
 from pallas_kernels import matmul
 from pallas_kernels.matmul import Product, one_row_tile
 from pallas_kernels.matmul_join import join
@@ -20,40 +20,40 @@ SMALL = Product(24, 96, True)
 
 
 def test_products_are_those_of_the_shapes():
-    assert linears.products("qwen2.5-0.5b") == {
+    assert calls.products("qwen2.5-0.5b") == {
         "qkv": Product(1152, 896), "o": Product(896, 896), "gate_up": Product(4864, 896, True), "down": Product(896, 4864)
     }  # fmt: skip
-    assert linears.products("llama-3.1-8b")["qkv"] == Product(6144, 4096)
-    assert linears.products("llama-3-70b", 4) == {
+    assert calls.products("llama-3.1-8b")["qkv"] == Product(6144, 4096)
+    assert calls.products("llama-3-70b", 4) == {
         "qkv": Product(2560, 8192), "o": Product(8192, 2048), "gate_up": Product(7168, 8192, True), "down": Product(8192, 7168)
     }  # fmt: skip
     with pytest.raises(SystemExit, match=r"4 devices do not divide qwen2\.5-3b: 2 KV heads"):
-        linears.products("qwen2.5-3b", 4)
+        calls.products("qwen2.5-3b", 4)
 
 
-@pytest.mark.parametrize("product", [p for model in linears.MODELS for p in linears.products(model).values()], ids=str)
+@pytest.mark.parametrize("product", [p for model in linears.MODELS for p in calls.products(model).values()], ids=str)
 def test_every_tile_that_is_tried_fits_into_registers(product):
-    tiles = linears.candidates(product)
-    assert len(tiles) >= 8 and len(set(tiles)) == len(tiles)
-    assert all(t.features * t.inputs * (1 + product.gated) <= linears.WIDEST and t.inputs < 2 * product.inputs for t in tiles)
+    found = tiles.candidates(product)
+    assert len(found) >= 8 and len(set(found)) == len(found)
+    assert all(t.features * t.inputs * (1 + product.gated) <= tiles.WIDEST and t.inputs < 2 * product.inputs for t in found)
 
 
 @pytest.fixture
 def untimed(monkeypatch):
     """Interpreted kernels, of which the third, behind the one in use, is the fastest."""
-    monkeypatch.setattr(linears, "linear", partial(linear, interpret=True))
-    monkeypatch.setattr(linears, "candidates", lambda product: [Tile(2, 128, 4), Tile(4, 32, 4, True)])
-    monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 4.0, 2.0][: len(runs)])
-    monkeypatch.setattr(linears, "COLD", 1e4)
+    monkeypatch.setattr(calls, "linear", partial(linear, interpret=True))
+    monkeypatch.setattr(tiles, "candidates", lambda product: [Tile(2, 128, 4), Tile(4, 32, 4, True)])
+    monkeypatch.setattr(calls, "timed", lambda runs, call: [3.0, 4.0, 2.0][: len(runs)])
+    monkeypatch.setattr(calls, "COLD", 1e4)
 
 
 def test_the_fastest_tile_is_written_and_taken(untimed, monkeypatch, tmp_path):
-    row = linears.tune("NVIDIA H200", "gate_up", SMALL)
+    row = tiles.tune("NVIDIA H200", "gate_up", SMALL)
     assert row == {"rows": 1, "features": 24, "inputs": 96, "gated": True, "tile": [4, 32, 4, 1], "us": 2.0, "compared": True}
     folder = tmp_path / "tuning" / "linear"
     folder.mkdir(parents=True)
-    path = linears.write("NVIDIA H200", [row | {"us": 9.0}], folder)
-    linears.write("NVIDIA H200", [row], folder)
+    path = tiles.write("NVIDIA H200", [row | {"us": 9.0}], folder)
+    tiles.write("NVIDIA H200", [row], folder)
     assert json.loads(path.read_text())["rows"] == [row], "a new row replaces the old one of its product"
     monkeypatch.setattr(matmul, "files", lambda package: tmp_path)
     matmul._measured.cache_clear()
@@ -66,29 +66,29 @@ def test_the_fastest_tile_is_written_and_taken(untimed, monkeypatch, tmp_path):
 
 def test_a_tile_that_computes_something_else_is_refused(untimed, monkeypatch):
     monkeypatch.setattr(
-        linears, "linear", lambda *args, tile, **options: linear(*args, tile=tile, interpret=True, **options) * (1 + tile.ahead)
+        calls, "linear", lambda *args, tile, **options: linear(*args, tile=tile, interpret=True, **options) * (1 + tile.ahead)
     )
     with pytest.raises(SystemExit, match=r"these tiles compute something else: \[Tile\(features=4"):
-        linears.tune("NVIDIA H200", "gate_up", SMALL)
+        tiles.tune("NVIDIA H200", "gate_up", SMALL)
 
 
 @pytest.mark.parametrize("rows", [1, 8])
 def test_what_is_in_use_is_compared_and_then_timed_beside_xlas(rows, untimed, monkeypatch):
-    monkeypatch.setattr(linears, "many_rows_linear", partial(many_rows, interpret=True))
+    monkeypatch.setattr(calls, "many_rows_linear", partial(many_rows, interpret=True))
     monkeypatch.setattr(linears, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
     product = Product(16, 128)
     found, row = linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
     assert [(each["by"], each["batch"], each["value"]) for each in found] == [("xla", rows, 3.0), ("ours", rows, 3.0)]
-    assert row == (None if rows == 1 else linears.tuned(product, 8, ManyTile(8, 64), 3.0))
-    monkeypatch.setattr(linears, "_ours", lambda tile, act, x, weight, around: jnp.zeros((rows, 16)))
+    assert row == (None if rows == 1 else tiles.tuned(product, 8, ManyTile(8, 64), 3.0))
+    monkeypatch.setattr(calls, "ours", lambda tile, act, x, weight, around: jnp.zeros((rows, 16)))
     with pytest.raises(SystemExit, match=f"{rows} rows: .* computes something else"):
         linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
 
 
-@pytest.mark.parametrize("product", [p for model in linears.MODELS for p in linears.products(model).values()], ids=str)
-@pytest.mark.parametrize("rows", linears.MANY)
+@pytest.mark.parametrize("product", [p for model in linears.MODELS for p in calls.products(model).values()], ids=str)
+@pytest.mark.parametrize("rows", tiles.MANY)
 def test_every_tile_of_many_rows_is_one_wave_of_whole_turns(product, rows):
-    for tile in linears.many_rows_candidates(product, rows, 132):
+    for tile in tiles.many_rows_candidates(product, rows, 132):
         blocks = -(-product.features // (tile.features * tile.cluster)) * tile.cluster * tile.parts
         assert 66 <= blocks <= 132 and product.inputs % (tile.inputs * tile.parts) == 0 and not (product.gated and tile.parts > 1)
         turns = product.inputs // (tile.inputs * tile.parts)
@@ -98,32 +98,32 @@ def test_every_tile_of_many_rows_is_one_wave_of_whole_turns(product, rows):
 @pytest.fixture
 def many(monkeypatch):
     """Two tiles, interpreted, with what reads them: of XLA's 5.0 microseconds, the second takes 2.0."""
-    monkeypatch.setattr(linears, "many_rows_linear", partial(many_rows, interpret=True))
-    monkeypatch.setattr(linears, "join", partial(join, interpret=True))
-    monkeypatch.setattr(linears, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
-    monkeypatch.setattr(linears, "many_rows_candidates", lambda *args: [ManyTile(8, 64, 2)])
-    monkeypatch.setattr(linears, "Shape", SimpleNamespace(of=lambda config: SimpleNamespace(hidden=16)))
-    monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 2.0] if len(runs) == 2 else [5.0])
-    monkeypatch.setattr(linears, "COLD", 1e4)
+    monkeypatch.setattr(calls, "many_rows_linear", partial(many_rows, interpret=True))
+    monkeypatch.setattr(tiles, "join", partial(join, interpret=True))
+    monkeypatch.setattr(tiles, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
+    monkeypatch.setattr(tiles, "many_rows_candidates", lambda *args: [ManyTile(8, 64, 2)])
+    monkeypatch.setattr(tiles, "Shape", SimpleNamespace(of=lambda config: SimpleNamespace(hidden=16)))
+    monkeypatch.setattr(calls, "timed", lambda runs, call: [3.0, 2.0] if len(runs) == 2 else [5.0])
+    monkeypatch.setattr(calls, "COLD", 1e4)
 
 
 ADDED = Product(16, 128)
 
 
 def test_a_tile_of_many_rows_is_chosen_with_its_reader(many, monkeypatch, tmp_path):
-    row = linears.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132)
-    assert row is not None and row == linears.tuned(ADDED, 8, ManyTile(8, 64, 2), 5.0)
-    monkeypatch.setattr(linears, "timed", lambda runs, call: [3.0, 2.0] if len(runs) == 2 else [1.0])
-    assert linears.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132) is None, "XLA's product is faster"
-    path = linears.write("NVIDIA H200", [row], tmp_path)
-    linears.write("NVIDIA H200", [], tmp_path, [(8, ADDED)])
+    row = tiles.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132)
+    assert row is not None and row == tiles.tuned(ADDED, 8, ManyTile(8, 64, 2), 5.0)
+    monkeypatch.setattr(calls, "timed", lambda runs, call: [3.0, 2.0] if len(runs) == 2 else [1.0])
+    assert tiles.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132) is None, "XLA's product is faster"
+    path = tiles.write("NVIDIA H200", [row], tmp_path)
+    tiles.write("NVIDIA H200", [], tmp_path, [(8, ADDED)])
     assert json.loads(path.read_text())["rows"] == [], "what lost to XLA's is taken out"
 
 
 def test_a_part_that_its_reader_misses_is_refused(many, monkeypatch):
-    monkeypatch.setattr(linears, "join", lambda h, parts, norm, **options: join(h, parts[:1], norm, interpret=True, **options))
+    monkeypatch.setattr(tiles, "join", lambda h, parts, norm, **options: join(h, parts[:1], norm, interpret=True, **options))
     with pytest.raises(SystemExit, match=r"8 rows: these tiles compute something else: \[Tile\(features=8, inputs=64, parts=2"):
-        linears.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132)
+        tiles.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132)
 
 
 def test_rows_that_have_no_tiles_are_refused(monkeypatch):

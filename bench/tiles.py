@@ -1,0 +1,168 @@
+"""Finds the tiles of linear layers on the GPU at hand, and keeps them in the package's `tuning/linear/` folder.
+
+A product of more rows than one may leave parts, which are dear to whoever sums them, so it is tuned together with its reader: the norm
+behind o and down, the turn and write behind QKV. What computes something else is refused.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import astuple, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bench import calls
+from bench.calls import RIGHT, AnyTile, Call, apart, compiled
+from bench.workloads import MACHINES, SHAPES, Shape
+from pallas_kernels.blocks import file_name
+from pallas_kernels.kv_write import turn_and_write
+from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
+from pallas_kernels.matmul_join import join
+from pallas_kernels.matmul_one_row import Tile
+from pallas_kernels.matmul_sm90 import LINES, stages
+from pallas_kernels.matmul_sm90 import Tile as ManyTile
+
+WIDEST = 2**15  # weights of a turn: what registers hold
+MANY = (8, 64, 128, 256)  # rows that the tuning file has tiles for, beside one
+FASTER = 0.98  # of another's time: a smaller gain is noise, and no reason to change
+CANDIDATES = [
+    Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
+    Tile(1, 2048, 2), Tile(1, 4096, 4), Tile(2, 2048, 4), Tile(2, 4096, 8), Tile(1, 8192, 8), Tile(2, 8192, 8), Tile(2, 1024, 2),
+    Tile(2, 1024, 4, True), Tile(2, 1024, 2, True), Tile(4, 512, 4, True), Tile(1, 2048, 4, True), Tile(2, 2048, 8, True),
+    Tile(8, 256, 4, True), Tile(4, 1024, 8, True), Tile(1, 1024, 2, True), Tile(2, 512, 2, True),
+]  # fmt: skip
+
+
+def candidates(product: Product) -> list[Tile]:
+    """Tiles whose turn is no longer than the inputs and fits into registers."""
+    longest = 1 << (product.inputs - 1).bit_length()
+    halved = [Tile(max(1, t.features // 2), t.inputs, t.num_warps, t.ahead) if product.gated else t for t in CANDIDATES]
+    fitting = [t for t in halved if t.inputs <= longest and t.features * t.inputs * (1 + product.gated) <= WIDEST]
+    return list(dict.fromkeys(t for t in fitting if not t.ahead or t.inputs < product.inputs))
+
+
+def many_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTile]:
+    """For each way to split the inputs and to share the copies of x, the tile whose blocks fill the multiprocessors best, in one wave."""
+    lines, halves, found = max(1, rows // (2 * LINES)), 1 + product.gated, {}
+    for features, inputs, parts, cluster in itertools.product(range(24, 136, 8), (64, 128), (1, 2, 4, 7), (1, 2, 4)):
+        tile, wide, turns = ManyTile(features, inputs, parts, cluster), features * halves, product.inputs // (inputs * parts)
+        blocks = -(-product.features // (features * cluster)) * cluster * parts
+        # Other clusters gained nothing; wider turns leave too few of them in shared memory.
+        usual = cluster == 1 if rows < LINES else cluster > 1 if rows <= 2 * LINES else cluster < 4 and (inputs == 64 or wide <= LINES)
+        fits = product.inputs % (inputs * parts) == 0 and wide * lines <= 256 and not (product.gated and parts > 1)
+        held = usual and fits and stages(rows, product.inputs, tile, halves=halves, itemsize=2) >= min(3, turns)
+        if held and cores / 2 <= blocks <= cores:
+            found.setdefault((inputs, parts, cluster), tile)
+    return list(found.values())
+
+
+def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
+    """The fastest tile of one row, as the tuning file has it."""
+    used = one_row_tile(kind, product)
+    call, tiles = Call.draw(product, name, 1), list(dict.fromkeys([used, *candidates(product)]))
+
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda tile: compiled(call, partial(calls.ours, tile, call.act)), tiles))
+    meant = call.meant()
+    if wrong := [t for t, run in zip(tiles, runs, strict=True) if not apart(run(call.x, call.weights[0], call.around), meant) < RIGHT]:
+        raise SystemExit(f"{product}: these tiles compute something else: {wrong}")
+    times = calls.timed(runs, call)
+    order = sorted(range(len(tiles)), key=lambda i: times[i])
+    reading = 1e6 * Call.bytes(product) / MACHINES[kind].read
+    print(f"{name:8} {product}: in use {astuple(used)} {times[0]:.2f} us; reading {reading:.2f}; tried:")
+    print("         " + ", ".join(f"{astuple(tiles[i])} {times[i]:.2f}" for i in order[:8]), flush=True)
+    return tuned(product, 1, tiles[order[0]], times[order[0]])
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What stands behind a product of many rows in a layer of the model, and sums its parts."""
+
+    name: str
+    shape: Shape
+
+    def draw(self, rows: int) -> dict[str, jax.Array]:
+        """What it reads besides the product."""
+        key, shape = jax.random.key(2), self.shape
+        if self.name in ("o", "down"):
+            return {"h_ND": jax.random.normal(key, (rows, shape.hidden), jnp.bfloat16), "norm_D": jnp.ones(shape.hidden, jnp.bfloat16)}
+        if self.name == "gate_up":
+            return {}
+        pages = jnp.zeros((-(-rows // 64), shape.kv_heads, 64, shape.head_dim), jnp.bfloat16)
+        angle = jax.random.uniform(key, (rows, 1, shape.head_dim // 2))
+        return {"k_pages": pages, "v_pages": pages, "slot_N": jnp.arange(rows), "cos": jnp.cos(angle), "sin": jnp.sin(angle)}
+
+    def __call__(self, parts_PNF: jax.Array, around: dict[str, jax.Array]) -> Any:
+        if self.name in ("o", "down"):
+            return join(around["h_ND"], parts_PNF, around["norm_D"], eps=1e-6)[1]
+        if self.name == "gate_up":
+            return parts_PNF
+        pages, turns = (around["k_pages"], around["v_pages"]), (around["cos"], around["sin"])
+        return turn_and_write(*pages, parts_PNF, around["slot_N"], heads=self.shape.heads, cos_sin=turns)
+
+
+def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cores: int) -> dict[str, Any] | None:
+    """The fastest tile of so many rows as the tuning file has it, the product's reader considered; None if XLA's product is faster."""
+    shape, used = Shape.of(SHAPES[model]), many_rows_tile(kind, rows, product, trial=True)
+    assert shape is not None
+    plain, reader = Call.draw(product, name, rows), Reader(name, shape)
+    call = replace(plain, around=reader.draw(rows))
+    in_use: list[AnyTile] = [] if used is None else [used]
+    tiles = list(dict.fromkeys([*in_use, *many_rows_candidates(product, rows, cores)]))
+
+    def run_of(tile: AnyTile | None) -> Callable:
+        def run(x, weight, around):
+            if tile is not None:
+                return reader(calls.ours(tile, call.act, x, weight, {}), around)
+            y = jnp.einsum("nd,fd->nf", x, weight)
+            if call.act is not None:
+                gate, up = jnp.split(y, 2, axis=1)
+                y = call.act(gate) * up
+            return reader(y[None], around)
+
+        return compiled(call, run)
+
+    with ThreadPoolExecutor() as pool:
+        xla, *runs = pool.map(run_of, [None, *tiles])
+    meant, *found = (np.asarray(jax.tree.leaves(run(call.x, call.weights[0], call.around))[0], np.float64) for run in (xla, *runs))
+    if wrong := [tile for tile, out in zip(tiles, found, strict=True) if not apart(out, meant) < RIGHT]:
+        raise SystemExit(f"{product}, {rows} rows: these tiles compute something else: {wrong}")
+    times, others = calls.timed(runs, call) if runs else [], calls.timed([xla], call)[0]
+    order = sorted(range(len(tiles)), key=lambda i: times[i] * (FASTER if tiles[i] == used else 1))
+    tried = ", ".join(f"{astuple(tiles[i])} {times[i]:.2f}" for i in order)
+    print(f"{rows:4} {name:8} {product}: XLA {others:.2f} us; {tried}", flush=True)
+    if not order or times[order[0]] * FASTER > others:
+        return None
+    best = tiles[order[0]]
+    alone = compiled(plain, partial(calls.ours, best, plain.act))
+    calls.check(plain, alone, f"{name} of {model}, {rows} rows: {best}")
+    return tuned(product, rows, best, calls.timed([alone], plain)[0])
+
+
+def tuned(product: Product, rows: int, tile: AnyTile, us: float) -> dict[str, Any]:
+    """A row of the tuning file."""
+    row = {"rows": rows, "features": product.features, "inputs": product.inputs, "gated": product.gated}
+    return row | {"tile": [int(n) for n in astuple(tile)], "us": round(us, 2), "compared": True}
+
+
+def write(kind: str, rows: list[dict[str, Any]], folder: Path, tried: Iterable[tuple[int, Product]] = ()) -> Path:
+    """Puts rows into the device's tuning file, in place of those of the same rows and product, or of products that were tried so."""
+    path = folder / file_name(kind)
+    head = {"device": kind, "tile": "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks"}
+    head["compared"] = "with float32 or more on a GPU; no engine takes the others"
+    kept = json.loads(path.read_text())["rows"] if path.is_file() else []
+
+    def key(row: dict[str, Any]) -> tuple:
+        return row["rows"], row["inputs"], row["features"], row["gated"]
+
+    gone = {(rows, product.inputs, product.features, product.gated) for rows, product in tried}
+    merged = {key(row): row for row in (*(row for row in kept if key(row) not in gone), *rows)}
+    lines = ",\n".join("    " + json.dumps(merged[k]) for k in sorted(merged))
+    path.write_text(json.dumps(head, indent=2).removesuffix("\n}") + f',\n  "rows": [\n{lines}\n  ]\n}}\n')
+    return path
