@@ -197,7 +197,7 @@ def _item(options: _Options, index, numbers):
         high=high,
         blocks=jnp.where(position < 0, 0, high - low),
         masked=masked,
-        whole=masked + jnp.maximum(jnp.minimum(outer, high - 1) - inner, 0),
+        whole=jnp.maximum(masked, high - inner),
     )
 
 

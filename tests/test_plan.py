@@ -107,7 +107,7 @@ def test_lanes_of_a_gpu_s_rows_come_by_the_eight():
         made = plan(max_num_seqs=rows, enforce_eager=eager, max_model_len=8192)
         assert (made.max_num_seqs, made.largest) == (rows, Bucket(8192, lanes))
         assert made.bucket(rows, 0) == Bucket(0, 1 if rows == 1 else lanes)
-        assert made.bucket(1, 1).rows == min(64, lanes) if not eager else lanes
+        assert made.bucket(1, 1).rows == (lanes if eager else min(64, lanes))
         assert {b.rows % 8 for b in (*made.buckets, made.scored) if b.chunk} == {0}
         assert made.without_padding(768).largest == made.largest
     assert plan(CPU, max_num_seqs=3, max_model_len=512).largest.rows == 3
