@@ -86,6 +86,7 @@ class Call:
 
 
 def ours(tile: AnyTile, act, x, weight, around):
+    """The product by the kernel that the tile is of."""
     if isinstance(tile, Tile):
         return linear(x, weight, tile=tile, act=act, eps=1e-6, **around)
     if isinstance(tile, WideTile):
@@ -94,6 +95,7 @@ def ours(tile: AnyTile, act, x, weight, around):
 
 
 def apart(found: Any, meant: np.ndarray) -> float:
+    """How far, as a share of what is meant."""
     return float(np.linalg.norm(np.asarray(found, np.float64) - meant) / np.linalg.norm(meant))
 
 

@@ -2,7 +2,7 @@
 
 Beside each time stands what reading the weights must take. Before it is timed, whatever is ours is compared with float64. For 8, 64, 128
 and 256 rows the tile in the package's `tuning/linear/` folder is timed beside XLA's own product, and marked as compared. `--tune` tries
-tiles first (`bench.tiles`), and writes the fastest into that folder, if it is faster than XLA's product. Of several devices one's part is
+tiles first (`bench.tiles`), and writes the fastest into that folder, unless XLA's product is faster. Of several devices one's part is
 timed.
 """
 

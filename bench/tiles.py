@@ -30,7 +30,7 @@ from pallas_kernels.matmul_sm90 import Tile as ManyTile
 
 WIDEST = 2**15  # weights of a turn: what registers hold
 MANY = (8, 64, 128, 256)  # rows that the tuning file has tiles for, beside one
-FASTER = 0.98  # of another's time: a smaller gain is noise, and no reason to change
+FASTER = 0.98  # of another's time: a smaller gain is noise, and no reason to change a tile or to leave a product to XLA
 CANDIDATES = [
     Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
     Tile(1, 2048, 2), Tile(1, 4096, 4), Tile(2, 2048, 4), Tile(2, 4096, 8), Tile(1, 8192, 8), Tile(2, 8192, 8), Tile(2, 1024, 2),
@@ -108,7 +108,7 @@ class Reader:
 
 
 def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cores: int) -> dict[str, Any] | None:
-    """The fastest tile of so many rows as the tuning file has it, the product's reader considered; None if XLA's product is faster."""
+    """The fastest tile of so many rows as the tuning file has it, its reader considered; None if XLA's product is faster by more than noise."""
     shape, used = Shape.of(SHAPES[model]), many_rows_tile(kind, rows, product, trial=True)
     assert shape is not None
     plain, reader = Call.draw(product, name, rows), Reader(name, shape)
