@@ -108,7 +108,7 @@ class Reader:
 
 
 def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cores: int) -> dict[str, Any] | None:
-    """The fastest tile of so many rows as the tuning file has it, its reader considered; None if XLA's product is faster by more than noise."""
+    """The fastest tile of so many rows as the tuning file has it, its reader considered; None if XLA is faster by more than noise."""
     shape, used = Shape.of(SHAPES[model]), many_rows_tile(kind, rows, product, trial=True)
     assert shape is not None
     plain, reader = Call.draw(product, name, rows), Reader(name, shape)
