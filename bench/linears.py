@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m bench.linears", description=(__doc__ or "").partition("\n")[0])
     made.add_argument("--model", nargs="+", choices=list(SHAPES), default=list(MODELS), help=f"default: {' '.join(MODELS)}")
     made.add_argument("--rows", nargs="*", type=int, default=[1, *MANY], help="rows of the steps that are timed")
-    made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="time one device's part among so many (default: 1)")
+    made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="one device's part among so many (default: 1)")
     made.add_argument("--tune", action="store_true", help="find the tiles for these rows, and write them into the package")
     made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
     return made
@@ -62,19 +62,20 @@ def main(argv: list[str] | None = None) -> None:
             f"this times kernels of an NVIDIA GPU whose limits are known ({', '.join(MACHINES)}), and here is {device.device_kind}"
         )
     kind, folder = device.device_kind, Path(pallas_kernels.__file__).parent / "tuning" / "linear"
-    if args.tune and args.tensor_parallel_size > 1:
-        raise SystemExit("--tune finds tiles for whole products, and of several devices each has parts; leave out --tensor-parallel-size")
+    if args.tune and args.tensor_parallel_size > 1 and 1 in args.rows:
+        raise SystemExit("--tune finds no tiles for one row of several devices, whose products are XLA's; leave 1 out of --rows")
     if args.tune and (unknown := sorted({*args.rows} - {1, *MANY})):
         raise SystemExit(
             f"--tune finds tiles for {', '.join(map(str, (1, *MANY)))} rows, and --rows asks for {', '.join(map(str, unknown))}"
         )
     if args.tune:
         for model, rows in itertools.product(args.model, args.rows):
-            each = products(model)
+            devices = args.tensor_parallel_size
+            each = products(model, devices)
             if rows == 1:
                 found = [tune(kind, name, product) for name, product in each.items()]
             else:
-                found = [tune_many(kind, model, name, product, rows, device.core_count) for name, product in each.items()]
+                found = [tune_many(kind, model, name, product, rows, device.core_count, devices) for name, product in each.items()]
             path = write(kind, [row for row in found if row is not None], folder, [(rows, product) for product in each.values()])
             print(f"written: {path}; the next process takes them", flush=True)
         return

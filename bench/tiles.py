@@ -82,10 +82,19 @@ def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Reader:
-    """What stands behind a product of many rows in a layer of the model, and sums its parts."""
+    """What stands behind a product of many rows in a layer of the model, and sums its parts.
+
+    shape: of the model, or of a device's part of it. A sum over devices is left out: it sums parts as the one here does.
+    """
 
     name: str
     shape: Shape
+
+    @classmethod
+    def of(cls, name: str, model: str, devices: int) -> "Reader":
+        shape = Shape.of(SHAPES[model])
+        assert shape is not None
+        return cls(name, replace(shape, heads=shape.heads // devices, kv_heads=shape.kv_heads // devices))
 
     def draw(self, rows: int) -> dict[str, jax.Array]:
         """What it reads besides the product."""
@@ -107,11 +116,10 @@ class Reader:
         return turn_and_write(*pages, parts_PNF, around["slot_N"], heads=self.shape.heads, cos_sin=turns)
 
 
-def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cores: int) -> dict[str, Any] | None:
+def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cores: int, devices: int = 1) -> dict[str, Any] | None:
     """The fastest tile of so many rows as the tuning file has it, its reader considered; None if XLA is faster by more than noise."""
-    shape, used = Shape.of(SHAPES[model]), many_rows_tile(kind, rows, product, trial=True)
-    assert shape is not None
-    plain, reader = Call.draw(product, name, rows), Reader(name, shape)
+    used = many_rows_tile(kind, rows, product, trial=True)
+    plain, reader = Call.draw(product, name, rows), Reader.of(name, model, devices)
     call = replace(plain, around=reader.draw(rows))
     in_use: list[AnyTile] = [] if used is None else [used]
     tiles = list(dict.fromkeys([*in_use, *many_rows_candidates(product, rows, cores)]))

@@ -3,6 +3,8 @@
 import ctypes
 import os
 from collections.abc import Sequence
+from functools import cache
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +64,37 @@ def machine(devices: Sequence[Any], config: EngineConfig) -> Machine:
     """What `plan` needs to know about the chosen devices."""
     first = devices[0]
     memory = int(_total_memory(first.local_hardware_id) * config.gpu_memory_utilization) if first.platform == "gpu" else None
-    return Machine(first.platform, first.device_kind, len(devices), memory)
+    peers = first.platform == "gpu" and all(_reaches(a.local_hardware_id, b.local_hardware_id) for a, b in permutations(devices, 2))
+    return Machine(first.platform, first.device_kind, len(devices), memory, peers)
 
 
 def _total_memory(ordinal: int) -> int:
     """Bytes of the GPU with this number among the visible ones, from the driver: JAX's allocator of mapped memory keeps no such figure."""
-    driver, device, size = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_size_t()
-    for status in (
-        driver.cuInit(0),
-        driver.cuDeviceGet(ctypes.byref(device), ordinal),
-        driver.cuDeviceTotalMem_v2(ctypes.byref(size), device),
-    ):
-        if status:
-            raise ConfigError(f"the NVIDIA driver does not tell the memory of GPU {ordinal}: error {status}")
+    size = ctypes.c_size_t()
+    if status := _driver().cuDeviceTotalMem_v2(ctypes.byref(size), _gpu(ordinal)):
+        raise ConfigError(f"the NVIDIA driver does not tell the memory of GPU {ordinal}: error {status}")
     return size.value
+
+
+def _reaches(ordinal: int, other: int) -> bool:
+    """May a kernel on one GPU write into the memory of the other?"""
+    answer = ctypes.c_int()
+    return not _driver().cuDeviceCanAccessPeer(ctypes.byref(answer), _gpu(ordinal), _gpu(other)) and bool(answer.value)
+
+
+def _gpu(ordinal: int) -> ctypes.c_int:
+    device = ctypes.c_int()
+    if status := _driver().cuDeviceGet(ctypes.byref(device), ordinal):
+        raise ConfigError(f"the NVIDIA driver knows no GPU {ordinal}: error {status}")
+    return device
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    driver = ctypes.CDLL("libcuda.so.1")
+    if status := driver.cuInit(0):
+        raise ConfigError(f"the NVIDIA driver does not start: error {status}")
+    return driver
 
 
 def cache_folder() -> Path | None:

@@ -15,7 +15,7 @@ from jaxllm.request import ConfigError
 
 Axes = tuple[str | None, ...]
 
-RULES: dict[str | None, str | None] = {"heads": "tp", "kv": "tp", "mlp": "tp", "vocab": "tp", None: None}
+RULES: dict[str | None, str | None] = {"heads": "tp", "kv": "tp", "mlp": "tp", "vocab": "tp", "devices": "tp", None: None}
 
 
 def make_mesh(devices: Sequence[Any]) -> Mesh:

@@ -39,12 +39,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Machine:
-    """`memory` is what jaxllm may take on each device, in bytes; None on a CPU."""
+    """memory: what jaxllm may take on each device, in bytes; None on a CPU. peers: the devices may write into each other's memory."""
 
     platform: str
     kind: str
     count: int
     memory: int | None = None
+    peers: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Plan:
     streamed_chunk: int | None = None  # prompt tokens a step takes at most while some answer is streamed; None: as many as ever
     kv_dtype: str | None = None  # of the pages, where it is not dtype
     step_bytes: int | None = None  # device memory set aside for the temporaries of one step; None on a CPU
+    mailboxes: bool = False  # steps of few rows sum over the devices by writing into each other's memory
 
     @property
     def page_dtype(self) -> str:
@@ -166,6 +168,7 @@ def make_plan(
         streamed_chunk=config.max_num_batched_tokens or _paced(chunks, weight_bytes),
         kv_dtype=kv_dtype,
         step_bytes=None if machine.memory is None else step_bytes,
+        mailboxes=machine.peers and config.tensor_parallel_size > 1,
     )
 
 

@@ -26,6 +26,7 @@ from jaxllm.parallel import sharding
 from jaxllm.params import layout
 from jaxllm.patch import Patch
 from jaxllm.plan import Bucket, Plan
+from jaxllm.sharded import Mailboxes
 
 ADMITTED = 16  # sequences whose row state one dispatch brings to the device
 # XLA's pass thinks that only four fifths of a GPU may be used, finds that the cache alone is more, and recomputes for nothing. Nor does it
@@ -139,7 +140,8 @@ class _Programs:
         rows, ports = self.rows, device.Ports.shapes(bucket.rows, self.model, self.plan)
         inbox, cache = jax.ShapeDtypeStruct((packed_size(bucket),), jnp.int32), cache_shapes(self.plan, self.model, self.mesh)
         state = rows.last_S, rows.table_SP, rows.floats_SF, rows.ints_SI
-        args = (self.params, cache, *state, inbox, ports, self.patch_shapes())
+        addresses = Mailboxes.addresses_shape(self.mesh) if self.plan.mailboxes else None
+        args = (self.params, cache, *state, inbox, ports, addresses, self.patch_shapes())
         out = jax.tree.map(lambda a: a.sharding, cache), *[self.everywhere] * 4
         ours = device.ours(self.decoder, self.plan, self.mesh, self.implementation, bucket, self.patch)
         options = step_options(bucket, self.plan, self.mesh.devices.item(0), ours)

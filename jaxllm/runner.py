@@ -40,6 +40,7 @@ from jaxllm.plan import GIB, Bucket, Plan
 from jaxllm.programs import ADMITTED, OPTIONS, Program, RowState, programs
 from jaxllm.request import ConfigError
 from jaxllm.scheduler import Step
+from jaxllm.sharded import Mailboxes
 from jaxllm.weights import Given, Join, Params
 
 log = logging.getLogger("jaxllm")
@@ -141,6 +142,7 @@ class Runner:
         self._inboxes: dict[Bucket, Array] = {}
         self._ports: dict[int, device.Ports] = {}
         self._joins: dict[Join, Compiled] = {}
+        self._mailboxes: Mailboxes | None = None
         self._patch_S = self._empty_patch()
         self._patched: set[int] = set()  # slots whose last sequence brought data
         self._masked: set[int] = set()  # slots whose last sequence had a mask
@@ -199,6 +201,7 @@ class Runner:
         """
         self._params = tuple(jax.tree.leaves(nnx.state(decoder)))
         self._cache = make_cache(self.plan, self.model, self._mesh)
+        self._mailboxes = Mailboxes.make(self._mesh, self.model.d_model) if self.plan.mailboxes else None
         self._inboxes = self._zeros({b: jax.ShapeDtypeStruct((packed_size(b),), jnp.int32) for b in self._steps})
         self._ports = {m: self._zeros(device.Ports.shapes(m, self.model, self.plan)) for m in self._takes}
         self._warm_up()
@@ -265,11 +268,12 @@ class Runner:
 
     def _dispatch(self, step: Step) -> tuple[Array, ...]:
         bucket, s = step.bucket, self._state
-        run = self._steps[bucket]
+        run, addresses = self._steps[bucket], None if self._mailboxes is None else self._mailboxes.addresses_WV2
         inbox = self._inboxes[bucket] = self._loads[bucket](self._inboxes[bucket], pack(step, self.plan))
         self._cache, s.last_S, s.table_SP, self._ports[bucket.rows], prompt = run(
-            self._params, self._cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, self._ports[bucket.rows], self._patch_S
-        )
+            self._params, self._cache, s.last_S, s.table_SP, s.floats_SF, s.ints_SI, inbox, self._ports[bucket.rows], addresses,
+            self._patch_S,
+        )  # fmt: skip
         return prompt
 
     def _draw_masked(self, rows: int) -> Array:

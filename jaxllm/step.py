@@ -25,7 +25,7 @@ from jaxllm.plan import Bucket, Plan
 from jaxllm.request import MAX_BIAS, MAX_STOP_IDS
 from jaxllm.scheduler import Sequence
 from jaxllm.sharded import ShardedLinears
-from pallas_kernels import Linears, ManyRows, Rows, Work, head_for, linears_for, paged_attention, plan_work, write_kv
+from pallas_kernels import Linears, ManyRows, Rows, Work, head_for, join_devices, linears_for, paged_attention, plan_work, write_kv
 
 
 @jax.tree_util.register_dataclass
@@ -125,6 +125,7 @@ def model_step(
     ints_SI: Array,
     inbox: Array,
     ports: Ports,
+    addresses_WV2: Array | None = None,
     patch: Patch | None = None,
     patch_S: dict[str, Array] | None = None,
 ) -> tuple[Cache, Array, Array, Ports, tuple[Array, ...]]:
@@ -132,12 +133,12 @@ def model_step(
 
     Rows that decode do so as often as they draw, each on the token it drew before, all of them in the last turn.
     Each row's token is drawn by temperature, top-k, top-p and min-p; what `draw_edited` adds to that, it adds afterwards.
-    patch_S: what each row slot brings for the patch.
+    addresses_WV2: of the plan's mailboxes (sharded.py). patch_S: what each row slot brings for the patch.
     """
     slot_M = inbox[: bucket.rows]
     sampling = sample.Sampling.unpack(floats_SF[slot_M], ints_SI[slot_M])
     table_SP, table_MP = tables(inbox, bucket, plan.page_size, table_SP)
-    one = partial(_one_step, decoder, plan, mesh, implementation, bucket, table_MP, sampling, patch, patch_S)
+    one = partial(_one_step, decoder, plan, mesh, implementation, bucket, table_MP, sampling, addresses_WV2, patch, patch_S)
     if bucket.chunk or plan.decode_steps == 1:
         cache, last_S, ports, prompt = one(inbox, jnp.int32(0), cache, last_S, ports)
         return cache, last_S, table_SP, ports, prompt
@@ -151,13 +152,15 @@ def model_step(
     return cache, last_S, table_SP, ports, ()
 
 
-def _one_step(decoder, plan, mesh, implementation, bucket, table_MP, sampling, patch, patch_S, packed, i, cache, last_S, ports):
+def _one_step(
+    decoder, plan, mesh, implementation, bucket, table_MP, sampling, addresses_WV2, patch, patch_S, packed, i, cache, last_S, ports
+):
     """Model and draw once; `i` of the repetitions came before."""
     batch = unpack(packed, bucket, plan.page_size, last_S, table_MP)
     works = _works(decoder.c, plan, implementation, batch.rows, bucket)
     patching = None if patch is None else Patching(patch_S or {}, batch.slot_N, batch.position_N, patch)
     # The fused kernels have no sites.
-    linears = _linears(decoder, plan, mesh, implementation, bucket, batch.rows) if patch is None else None
+    linears = _linears(decoder, plan, mesh, implementation, bucket, batch.rows, addresses_WV2) if patch is None else None
     context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears, patching)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     hidden_MD = hidden_ND[batch.logit_lane_M] if bucket.chunk else hidden_ND
@@ -188,19 +191,28 @@ def _logits(decoder: Decoder, mesh: Mesh, hidden_BD: Array, owners: Rows | None 
 
 
 def _linears(
-    decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket, owners: Rows | None
+    decoder: Decoder,
+    plan: Plan,
+    mesh: Mesh,
+    implementation: str,
+    bucket: Bucket,
+    owners: Rows | None = None,
+    addresses_WV2: Array | None = None,
 ) -> Linears | ShardedLinears | None:
     """How this step's layers multiply."""
     if implementation == "reference" or plan.page_dtype != plan.dtype or not decoder.usual:
         return None
     alone = mesh.size == 1
-    each = linears_for(mesh.devices.item(0), bucket.rows + bucket.chunk, plan.dtype, alone=alone, owners=owners if alone else None)
-    return ShardedLinears(each, mesh) if mesh.size > 1 and isinstance(each, ManyRows) else each
+    lanes = bucket.rows + bucket.chunk
+    each = linears_for(mesh.devices.item(0), lanes, plan.dtype, alone=alone, owners=owners if alone else None)
+    if alone or not isinstance(each, ManyRows):
+        return each
+    return ShardedLinears(each, mesh, addresses_WV2 if join_devices.fits(lanes, decoder.c.d_model, plan.dtype) else None)
 
 
 def ours(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: Bucket, patch: Patch | None = None) -> bool:
     """Are all products of this step's layers kernels of ours?"""
-    linears = _linears(decoder, plan, mesh, implementation, bucket, None) if patch is None else None
+    linears = _linears(decoder, plan, mesh, implementation, bucket) if patch is None else None
     each = linears.each if isinstance(linears, ShardedLinears) else linears
     products = {product for block in decoder.blocks for product in block.products(mesh.size)} if each else set()
     return each is not None and each.covers(bucket.rows + bucket.chunk, products)

@@ -5,9 +5,9 @@
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
 a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a whole step with an implementation, a dtype of
 pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row ("row:portable"), one that is repeated
-("again:portable"), a step of the 8B's shape by its devices, rows and chunk lanes ("8b:2:64:0"), and two planted mistakes: "kept:portable",
-a step that may not write where its cache lies, and "spill", a kernel with too many numbers for its registers. `ptxas`: what Mosaic's
-assembler says of registers and spills; XLA's is told to fail if there are any.
+("again:portable"), a step of the 8B's shape by its devices, rows and chunk lanes ("8b:2:64:0"), of devices that do not reach each other
+("8b:2:64:0:alone"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a kernel with
+too many numbers for its registers. `ptxas`: what Mosaic's assembler says of registers and spills; XLA's is told to fail if there are any.
 """
 
 import json
@@ -146,11 +146,11 @@ def step(
     }
 
 
-def of_8b(target: Target, devices: int, rows: int, chunk: int) -> dict[str, Any]:
+def of_8b(target: Target, devices: int, rows: int, chunk: int, mailboxes: bool) -> dict[str, Any]:
     """A step as the engine compiles it: two layers of the 8B's shape, over so many devices."""
     model = read_config(SHAPES["llama-3.1-8b"] | {"num_hidden_layers": 2}).for_context(1024)
     bucket, mesh = Bucket(chunk, rows), make_mesh(target.described(devices).devices)
-    plan = Plan("bfloat16", 1024, 64, 2048, rows, (bucket,), Bucket(256, 1, True), False, 20, devices)
+    plan = Plan("bfloat16", 1024, 64, 2048, rows, (bucket,), Bucket(256, 1, True), False, 20, devices, mailboxes=mailboxes)
     with jax.default_device(mesh.devices.item(0)):  # which kernels ask for
         [program] = [p for p in Recipe(model, plan, mesh, "sm90").programs() if (p.kind, p.key) == ("step", bucket)]
         compiled, thunks = dumped(lambda checks: program.lower(OPTIONS | checks).compile())
@@ -191,7 +191,8 @@ def job(target: Target, name: str) -> dict[str, Any]:
         if kind == "again":
             return step(target, rest, steps=4)
         if kind == "8b":
-            return of_8b(target, *map(int, rest.split(":")))
+            devices, rows, chunk, *alone = rest.split(":")
+            return of_8b(target, int(devices), int(rows), int(chunk), int(devices) > 1 and not alone)
         if kind == "step":
             implementation, kv_dtype, chunk = (*rest.split(":"), "", "")[:3]
             return step(target, implementation, kv_dtype or None, int(chunk or 0))

@@ -34,7 +34,7 @@ JOBS = {
         *("linear:8:14336:4096:gated", "linear:64:4096:14336", "linear:256:14336:4096:gated", "linear:256:2560:2048"),
         *("linear:9216:14336:4096:gated", "linear:9000:4096:14336"),
         *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "again:portable", "kept:portable", "spill"),
-        *("8b:2:64:0", "8b:4:64:0", "8b:2:64:448", "8b:2:1:0", "8b:1:1:448", "8b:1:64:2048", "8b:1:1024:0"),
+        *("8b:2:64:0", "8b:2:64:0:alone", "8b:4:64:0", "8b:2:64:448", "8b:2:1:0", "8b:1:1:448", "8b:1:64:2048", "8b:1:1024:0"),
     ],
     "b200": ["portable:mixed"],
 }
@@ -152,6 +152,13 @@ def test_a_cache_that_is_copied_is_caught():
 def test_devices_gather_logits_and_no_weights(target, job):
     rows = job.split(":")[2]
     assert result(target, job)["gathered"] in ([f"f32[{rows},128256]"], ["f32[128256]"])
+
+
+@pytest.mark.parametrize(("job", "sums"), [("8b:2:64:0", 1), ("8b:4:64:0", 1), ("8b:2:1:0", 1), ("8b:2:64:0:alone", 5)])
+def test_devices_that_reach_each_other_sum_as_they_norm(job, sums):
+    """Of two layers, each of which adds twice to the stream, nothing is left for XLA to sum but the embeddings."""
+    assert sum("kAllReduce" in line for line in result("h200", job)["thunks"].splitlines()) == sums
+    assert _spilled(job) == []
 
 
 def test_a_prompt_s_products_leave_padding_out():

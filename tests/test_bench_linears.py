@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import pytest
@@ -102,7 +103,8 @@ def many(monkeypatch):
     monkeypatch.setattr(tiles, "join", partial(join, interpret=True))
     monkeypatch.setattr(tiles, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
     monkeypatch.setattr(tiles, "many_rows_candidates", lambda *args: [ManyTile(8, 64, 2)])
-    monkeypatch.setattr(tiles, "Shape", SimpleNamespace(of=lambda config: SimpleNamespace(hidden=16)))
+    shape: Any = SimpleNamespace(hidden=16)
+    monkeypatch.setattr(tiles.Reader, "of", lambda name, model, devices: tiles.Reader(name, shape))
     monkeypatch.setattr(calls, "timed", lambda runs, call: [3.0, 2.0] if len(runs) == 2 else [5.0])
     monkeypatch.setattr(calls, "COLD", 1e4)
 

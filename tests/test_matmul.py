@@ -20,10 +20,22 @@ from jaxllm.cache import PAGE_AXES
 from jaxllm.decoder import Decoder
 from jaxllm.layers import ACTIVATIONS
 from jaxllm.parallel import make_mesh, sharding
-from jaxllm.sharded import ShardedLinears
+from jaxllm.sharded import Mailboxes, ShardedLinears
 from jaxllm.step import PagedContext
 from jaxllm.weights import RandomWeights
-from pallas_kernels import Norm, Rows, Stream, linears_for, matmul, matmul_one_row, matmul_sm90, matmul_sm90_wide, plan_work, turn_and_write
+from pallas_kernels import (
+    Norm,
+    Rows,
+    Stream,
+    join_devices,
+    linears_for,
+    matmul,
+    matmul_one_row,
+    matmul_sm90,
+    matmul_sm90_wide,
+    plan_work,
+    turn_and_write,
+)  # fmt: skip
 from pallas_kernels.blocks import file_name
 from pallas_kernels.matmul import ManyRows, OneRow, Product, many_rows_tile
 from pallas_kernels.matmul_join import join
@@ -316,6 +328,16 @@ def of_shape(model: str, layers: int, devices: int = 1) -> Decoder:
     return shaken(Decoder(RandomWeights(tensor_shapes(config), decoder_mesh(devices), "bfloat16", 3), config))
 
 
+@cache
+def mailboxes(size: int, devices: int) -> Mailboxes:
+    return Mailboxes.make(decoder_mesh(devices), size)
+
+
+def addresses(model: str, rows: int, devices: int):
+    size = SHAPES[model]["hidden_size"]
+    return mailboxes(size, devices).addresses_WV2 if join_devices.fits(rows, size, "bfloat16") else None
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not on_gpu(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("rows", [1, 2, 8, 64, 128, 256, 512, 1024])
@@ -331,7 +353,7 @@ def test_logits_are_no_worse_than_plain_products(model, layers, devices, rows):
         pytest.skip(f"{jax.devices()[0].device_kind} runs {rows} rows as plain products")
     if isinstance(linears, ManyRows):
         linears = replace(linears, trial=True)
-        linears = linears if devices == 1 else ShardedLinears(linears, decoder_mesh(devices))
+        linears = linears if devices == 1 else ShardedLinears(linears, decoder_mesh(devices), addresses(model, rows, devices))
     (graph, state), (parted_graph, parted) = nnx.split(decoder), nnx.split(of_shape(model, layers, devices))
 
     def logits(graph, linears, **options):

@@ -1,0 +1,116 @@
+"""What stands between two products on several GPUs. Its kernel writes to addresses on other devices, which no interpreter has: what it
+computes is tested on GPUs alone, beside the compiling ahead of time in test_aot.py."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_oracle import on_gpu
+from engines import make_plan
+from test_matmul import decoder_mesh
+
+from jaxllm.config import EngineConfig
+from jaxllm.devices import machine
+from jaxllm.parallel import on_each, sharding
+from jaxllm.sharded import OWN, WHOLE, Mailboxes
+from pallas_kernels import join_devices
+
+several = pytest.mark.skipif(not on_gpu() or len(jax.devices()) < 2, reason="no two NVIDIA GPUs here")
+
+
+@pytest.mark.parametrize(
+    ("rows", "size", "dtype", "fit"),
+    [
+        (64, 4096, "bfloat16", True), (256, 3584, "float16", True), (257, 4096, "bfloat16", False), (8, 896, "bfloat16", False),
+        (8, 4096, "float32", False),
+    ],
+)  # fmt: skip
+def test_which_sums_mailboxes_are_for(rows, size, dtype, fit):
+    assert join_devices.fits(rows, size, dtype) is fit
+
+
+@pytest.mark.parametrize("devices", [2, 4])
+def test_every_device_is_told_all_addresses_and_its_own_number(devices):
+    mail = Mailboxes.make(decoder_mesh(devices), 256)
+    told = np.asarray(mail.addresses_WV2).view(np.uint32).astype(np.uint64)
+    whole = told[..., 0] | told[..., 1] << 32
+    own = {shard.device: shard.data.unsafe_buffer_pointer() for shard in mail.memory_WX.addressable_shards}
+    assert whole.tolist() == [[*(own[d] for d in jax.devices()[:devices]), rank] for rank in range(devices)]
+    assert not np.asarray(mail.memory_WX).any() and mail.addresses_WV2.sharding.shard_shape(told.shape) == (1, devices + 1, 2)
+
+
+def test_a_machine_without_peers_has_no_mailboxes():
+    assert not machine(jax.devices()[:2], EngineConfig(model="any", tensor_parallel_size=2)).peers and not make_plan().mailboxes
+
+
+def drawn(rows: int, size: int, parts: int, devices: int, seed: int):
+    """The stream, all devices' parts one after the other, the norm."""
+    key, dtype = jax.random.split(jax.random.key(seed), 3), jnp.bfloat16 if parts == 1 else jnp.float32
+    h, norm = jax.random.normal(key[0], (rows, size), jnp.bfloat16), jax.random.normal(key[1], (size,), jnp.bfloat16)
+    return h, jax.random.normal(key[2], (devices * parts, rows, size), dtype), norm
+
+
+def check(found, h, parts, norm, devices: int) -> None:
+    """Against float64, but for the roundings that the kernel says it makes."""
+    own = np.asarray(parts, np.float64).reshape(devices, -1, *h.shape).sum(1)
+    sent = np.asarray(jnp.asarray(own, jnp.float32).astype(h.dtype), np.float64)
+    total = np.asarray(jnp.asarray(np.asarray(h, np.float64) + sent.sum(0), jnp.float32).astype(h.dtype), np.float64)
+    normed = total / np.sqrt((total**2).mean(-1, keepdims=True) + 1e-5) * (np.asarray(norm, np.float64) + 0.5)
+    summed, found = (np.asarray(x, np.float64) for x in found)
+    assert np.abs(summed - total).max() <= 2**-7 * np.abs(total).max() and np.mean(summed != total) < 1e-3
+    assert np.linalg.norm(found - normed) < 4e-3 * np.linalg.norm(normed)
+
+
+LAST = np.iinfo(np.int32).max  # after which times begin with the smallest number
+SHAPES = [(4096, 1), (4096, 2), (8192, 3), (3584, 2), (256, 1)]  # of the model, and parts
+JOIN = partial(join_devices.join, eps=1e-5, offset=0.5)
+
+
+def time(count: int) -> int:
+    return (count + 2**31) % 2**32 - 2**31
+
+
+def lines(memory: np.ndarray) -> np.ndarray:
+    """What a mailbox says of each row."""
+    return memory[: join_devices.ROWS * join_devices.LINE // 4].reshape(join_devices.ROWS, -1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not on_gpu(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize(("size", "parts"), SHAPES)
+def test_one_device_plays_two(size, parts):
+    """The second one is made to believe that the first has come, and writes into both mailboxes; then the first one finds it there."""
+    first = np.zeros(join_devices.words(size, 2), np.int32)
+    lines(first)[:] = LAST - 3
+    first = jax.device_put(first)
+    for turn in range(5):
+        second, (h, parts_PND, norm) = np.zeros(first.shape, np.int32), drawn(64, size, parts, 2, turn)
+        lines(second)[:] = time(LAST - 3 + turn)
+        lines(second)[:, 0] = time(LAST - 2 + turn)
+        second = jax.device_put(second)
+        told = join_devices.told([mailbox.unsafe_buffer_pointer() for mailbox in (first, second)])
+        jax.block_until_ready(JOIN(h, parts_PND[parts:], norm, told[1]))
+        check(JOIN(h, parts_PND[:parts], norm, told[0]), h, parts_PND, norm, 2)
+
+
+@pytest.mark.gpu
+@several
+@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize(("size", "parts"), SHAPES)
+def test_devices_sum_and_norm_alike(size, parts, devices):
+    """Whatever rows came before, also when the count of times passes the largest number there is, all devices have the same bits."""
+    if devices > len(jax.devices()):
+        pytest.skip(f"{len(jax.devices())} GPUs")
+    mesh, memory = decoder_mesh(devices), np.zeros((devices, join_devices.words(size, devices)), np.int32)
+    for each in memory:
+        lines(each)[:] = LAST - 3
+    memory = jax.device_put(memory, sharding(mesh, ("devices",)))
+    told = jax.device_put(join_devices.addresses(memory), sharding(mesh, ("devices",)))
+    run = jax.jit(on_each(mesh, lambda *args: JOIN(*args[:3], args[3][0]), (WHOLE, OWN, WHOLE, OWN), OWN))
+    for seed, rows in enumerate([64, 1, 256, 64, 64, 8, 64, 256, 1]):
+        args = drawn(rows, size, parts, devices, seed)
+        summed, normed = (np.asarray(x, np.float64).reshape(devices, rows, size) for x in run(*args, told))
+        assert (summed == summed[0]).all() and (normed == normed[0]).all()
+        check((summed[0], normed[0]), *args, devices)
