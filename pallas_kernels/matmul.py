@@ -237,7 +237,8 @@ def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = Fals
     compared with yet. No engine asks for those.
     """
     if rows >= WIDE_ROWS:
-        fits = rows % 8 == 0 and product.inputs % matmul_sm90_wide.INPUTS == 0 and product.features % 8 == 0
+        whole = product.inputs % matmul_sm90_wide.INPUTS == 0 and product.features % 64 == 0
+        fits = rows % 8 == 0 and whole
         return matmul_sm90_wide.Tile() if fits else None
     if rows not in matmul_sm90.ROWS:
         return None

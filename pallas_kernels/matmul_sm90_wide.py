@@ -85,7 +85,8 @@ def linear(
     dtype: Any = None,
     interpret: bool = False,
 ) -> Array:
-    """x @ weight.T -> [N, F]; with `act`, [N, F / 2]: the second half gated by the first. Numbers are of 16 bits, D is a multiple of 64.
+    """x @ weight.T -> [N, F]; with `act`, [N, F / 2]: the second half gated by the first. Numbers are of 16 bits, D and what F comes to
+    multiples of 64.
 
     dtype: of what comes out, if not x's: float32.
     live_3: `work.live`: only rows [0, live[0]) and [live[1], live[2]) matter; some of the others hold anything. workers: thread blocks,

@@ -31,7 +31,7 @@ CASES = {  # rows, features, gated, the filled lanes, blocks, blocks in a cluste
     "two are left, cut in four": (256, 256, False, None, 8, 1),
     "one is left, cut in two": (128, 256, False, None, 3, 1),
     "gated, the last one ragged": (256, 320, True, None, 3, 1),
-    "neither rows nor features are whole": (300, 136, True, None, 4, 1),
+    "neither rows nor features are whole": (300, 192, True, None, 4, 1),
     "few rows, a prompt in the middle": (512, 256, False, (40, 256, 300), 4, 1),
     "rows and prompt share a tile": (384, 128, True, (40, 64, 300), 4, 1),
     "a prompt alone": (384, 256, False, (0, 64, 65), 7, 1),
@@ -39,7 +39,7 @@ CASES = {  # rows, features, gated, the filled lanes, blocks, blocks in a cluste
     "all is filled": (384, 256, False, (300, 300, 384), 3, 1),
     "nothing is filled": (256, 256, False, (0, 64, 64), 2, 1),
     "a cluster": (256, 256, False, None, 2, 2),
-    "clusters, nothing whole": (300, 136, True, None, 4, 2),
+    "clusters, nothing whole": (300, 192, True, None, 4, 2),
     "clusters, a prompt alone": (512, 256, False, (0, 64, 65), 6, 2),
     "clusters, rows and prompt": (512, 256, True, (1, 300, 512), 4, 2),
     "clusters that cut": (512, 256, False, (300, 300, 512), 8, 2),
@@ -77,7 +77,7 @@ def test_a_lane_is_the_same_in_whatever_company():
 
 def test_float32_comes_out_where_it_is_wanted(capfd):
     """Logits of rows with a token, in twice as many copies; a border that is no copy's; and what rounding would have cost."""
-    hidden, weight = draw(300, 128), draw(328, 128, scale=128**-0.5)
+    hidden, weight = draw(300, 128), draw(320, 128, scale=128**-0.5)
     options: dict[str, Any] = dict(workers=4, dtype=jnp.float32, interpret=True)
     found = matmul_sm90_wide.linear(hidden, weight, jnp.array([200, 300, 300]), tile=Tile(2), **options)
     assert found.dtype == jnp.float32 and "RACE DETECTED" not in capfd.readouterr().out
@@ -134,7 +134,7 @@ def test_hundreds_of_rows_are_multiplied_so_on_hopper():
         products = [*LLAMA_8B, *QWEN_05B, Product(3584, 3584)]
         assert [many_rows_tile(run.kind, lanes_, product) for product in products] == [Tile(2) if wide else None] * len(products)
     assert many_rows_tile("NVIDIA H200", 8193, LLAMA_8B[0]) is None, "one row beside 8,192 tokens: copies go by eight"
-    assert many_rows_tile("NVIDIA H200", 9216, Product(3584, 96)) is None and many_rows_tile("NVIDIA H200", 9216, Product(100, 128)) is None
+    assert many_rows_tile("NVIDIA H200", 9216, Product(3584, 96)) is None and many_rows_tile("NVIDIA H200", 9216, Product(136, 128)) is None
     assert linears_for(gpu("10.0"), 9216, "bfloat16", owners=rows) is None
 
 
