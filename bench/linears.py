@@ -2,8 +2,8 @@
 
 Beside each time stands what reading the weights must take. Before it is timed, whatever is ours is compared with float64. For 8, 64, 128
 and 256 rows the tile in the package's `tuning/linear/` folder is timed beside XLA's own product, and marked as compared. `--tune` tries
-tiles first (`bench.tiles`), and writes the fastest into that folder, unless XLA's product is faster. Of several devices one's part is
-timed.
+tiles first (`bench.tiles`), and writes the fastest into that folder, unless XLA's product is faster. `--widths` only prints what tiles of
+each width take, of 768 rows and more. Of several devices one's part is timed.
 """
 
 import argparse
@@ -19,21 +19,21 @@ import jax.numpy as jnp
 import pallas_kernels
 from bench import calls, record
 from bench.calls import Call, compiled, products
-from bench.tiles import MANY, tune, tune_many, tuned, write
+from bench.tiles import MANY, time_widths, tune, tune_many, tuned, write
 from bench.workloads import MACHINES, SHAPES
-from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
+from pallas_kernels.matmul import WIDE_ROWS, Product, many_rows_tile, one_row_tile
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "llama-3.1-8b")
 
 
 def compare(
-    kind: str, model: str, name: str, product: Product, rows: int, devices: int = 1
+    kind: str, model: str, name: str, product: Product, rows: int, cores: int, devices: int = 1
 ) -> tuple[list[record.Row], dict[str, Any] | None]:
     """What is in use for so many rows on each of the devices, and XLA's product, as rows; the tuning file's row, if that is one of it."""
     call, floor = Call.draw(product, name, rows), record.rounded(1e6 * Call.bytes(product) / MACHINES[kind].read)
     common = {"model": model, "product": name, "batch": rows, "dtype": "bfloat16", "tp": devices, "limit": floor}
     runs = {"xla": compiled(call, lambda x, weight, around: jnp.einsum("nd,fd->nf", x, weight))}
-    tile = one_row_tile(kind, product) if (rows, devices) == (1, 1) else many_rows_tile(kind, rows, product, trial=True)
+    tile = one_row_tile(kind, product) if (rows, devices) == (1, 1) else many_rows_tile(kind, rows, product, cores=cores, trial=True)
     if tile is not None:
         runs["ours"] = compiled(call, partial(calls.ours, tile, call.act))
         calls.check(call, runs["ours"], f"{name} of {model}, {rows} rows: {tile}")
@@ -50,6 +50,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rows", nargs="*", type=int, default=[1, *MANY], help="rows of the steps that are timed")
     made.add_argument("--tensor-parallel-size", "-tp", type=int, default=1, help="one device's part among so many (default: 1)")
     made.add_argument("--tune", action="store_true", help="find the tiles for these rows, and write them into the package")
+    made.add_argument("--widths", action="store_true", help=f"print what tiles of each width take for these rows, {WIDE_ROWS} and more")
     made.add_argument("--results", type=Path, default=record.RESULTS, help="folder of the result files")
     return made
 
@@ -79,11 +80,20 @@ def main(argv: list[str] | None = None) -> None:
             path = write(kind, [row for row in found if row is not None], folder, [(rows, product) for product in each.values()])
             print(f"written: {path}; the next process takes them", flush=True)
         return
+    if args.widths:
+        if few := [rows for rows in args.rows if rows < WIDE_ROWS]:
+            raise SystemExit(f"--widths is for {WIDE_ROWS} rows and more, and --rows asks for {', '.join(map(str, few))}")
+        for model, rows in itertools.product(args.model, args.rows):
+            for name, product in products(model, args.tensor_parallel_size).items():
+                time_widths(kind, name, product, rows, device.core_count)
+        return
     command = record.command("python -m bench.linears", argv, args.results)
     for model in args.model:
         for count in args.rows:
             each = products(model, args.tensor_parallel_size)
-            made = [compare(kind, model, name, product, count, args.tensor_parallel_size) for name, product in each.items()]
+            made = [
+                compare(kind, model, name, product, count, device.core_count, args.tensor_parallel_size) for name, product in each.items()
+            ]
             record.save("linears", kind, command, [row for rows, _ in made for row in rows], args.results)
             write(kind, [row for _, row in made if row is not None], folder)
 

@@ -20,6 +20,7 @@ import numpy as np
 from bench import calls
 from bench.calls import RIGHT, AnyTile, Call, apart, compiled
 from bench.workloads import MACHINES, SHAPES, Shape
+from pallas_kernels import matmul_sm90_wide
 from pallas_kernels.blocks import file_name
 from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
@@ -118,7 +119,7 @@ class Reader:
 
 def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cores: int, devices: int = 1) -> dict[str, Any] | None:
     """The fastest tile of so many rows as the tuning file has it, its reader considered; None if XLA is faster by more than noise."""
-    used = many_rows_tile(kind, rows, product, trial=True)
+    used = many_rows_tile(kind, rows, product, cores=cores, trial=True)
     plain, reader = Call.draw(product, name, rows), Reader.of(name, model, devices)
     call = replace(plain, around=reader.draw(rows))
     in_use: list[AnyTile] = [] if used is None else [used]
@@ -151,6 +152,28 @@ def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cor
     alone = compiled(plain, partial(calls.ours, best, plain.act))
     calls.check(plain, alone, f"{name} of {model}, {rows} rows: {best}")
     return tuned(product, rows, best, calls.timed([alone], plain)[0])
+
+
+def time_widths(kind: str, name: str, product: Product, rows: int, cores: int) -> None:
+    """Print what each width of a tile of so many rows takes, beside the clocks by which `tile_for` chooses one."""
+    used, call = many_rows_tile(kind, rows, product, cores=cores), Call.draw(product, name, rows)
+    if not isinstance(used, matmul_sm90_wide.Tile):
+        raise SystemExit(f"{product}, {rows} rows: no tile of {matmul_sm90_wide.__name__} fits")
+    tiles = [replace(used, features=width) for width in matmul_sm90_wide.widths(product.gated)]
+
+    def plain(x, weight, around):
+        return jnp.einsum("nd,fd->nf", x, weight)
+
+    with ThreadPoolExecutor() as pool:
+        xla, *runs = pool.map(partial(compiled, call), [plain, *(partial(calls.ours, tile, call.act) for tile in tiles)])
+    meant = call.meant()
+    if wrong := [t for t, run in zip(tiles, runs, strict=True) if not apart(run(call.x, call.weights[0], call.around), meant) < RIGHT]:
+        raise SystemExit(f"{product}, {rows} rows: these tiles compute something else: {wrong}")
+    turns = product.inputs // matmul_sm90_wide.INPUTS
+    clocks = [turns * matmul_sm90_wide.clocks(rows, product.features, product.gated, cores, tile) for tile in tiles]
+    times, others = calls.timed(runs, call), calls.timed([xla], call)[0]
+    tried = ", ".join(f"{tile.features} {us:.2f} ({count:.0f})" for tile, us, count in zip(tiles, times, clocks, strict=True))
+    print(f"{rows:4} {name:8} {product}: XLA {others:.2f} us; in use {used.features}; tried (clocks): {tried}", flush=True)
 
 
 def tuned(product: Product, rows: int, tile: AnyTile, us: float) -> dict[str, Any]:

@@ -146,14 +146,14 @@ class ManyRows:
         return Stream(stream.h_ND, self.product(x_NF, weight_DF))
 
     def covers(self, rows: int, products: Iterable[Product]) -> bool:
-        return all(many_rows_tile(self.kind, rows, product, trial=self.trial) is not None for product in products)
+        return all(many_rows_tile(self.kind, rows, product, cores=self.cores, trial=self.trial) is not None for product in products)
 
     def finish(self, stream: Stream, norm: Norm) -> Array:
         return self.norm(stream, norm)[1]
 
     def _ours(self, x_ND: Array, weight_FD: Array, act: Callable[[Array], Array] | None = None) -> Array | None:
         """[P, N, F] by a kernel of ours; None: by XLA's."""
-        tile = many_rows_tile(self.kind, len(x_ND), _product(weight_FD, act is not None), trial=self.trial)
+        tile = many_rows_tile(self.kind, len(x_ND), _product(weight_FD, act is not None), cores=self.cores, trial=self.trial)
         if tile is None:
             return None
         if isinstance(tile, matmul_sm90.Tile):
@@ -205,7 +205,7 @@ def _one_row_s_head(kind: str, x_1D: Array, weight_VD: Array) -> Array:
 
 
 def _live_rows_head(kind: str, cores: int, live_3: Array, x_ND: Array, weight_VD: Array) -> Array:
-    tile = many_rows_tile(kind, len(x_ND), _product(weight_VD, False))
+    tile = many_rows_tile(kind, len(x_ND), _product(weight_VD, False), cores=cores)
     if not isinstance(tile, matmul_sm90_wide.Tile):
         return jnp.einsum("nd,vd->nv", x_ND, weight_VD, preferred_element_type=jnp.float32)
     return matmul_sm90_wide.linear(x_ND, weight_VD, live_3, tile=tile, workers=cores, dtype=jnp.float32)
@@ -230,15 +230,18 @@ def one_row_tile(kind: str, product: Product) -> matmul_one_row.Tile:
     return matmul_one_row.Tile(2 if product.features * product.inputs <= 2**22 else 4, 1024, 4)
 
 
-def many_rows_tile(kind: str, rows: int, product: Product, *, trial: bool = False) -> matmul_sm90.Tile | matmul_sm90_wide.Tile | None:
+def many_rows_tile(
+    kind: str, rows: int, product: Product, *, cores: int, trial: bool = False
+) -> matmul_sm90.Tile | matmul_sm90_wide.Tile | None:
     """The tile that was the fastest on this kind of device; None if XLA's kernels were faster there, or nobody measured.
 
-    From `WIDE_ROWS` on there is one for all products that its kernel can take. trial: also tiles whose results no GPU's float32 has been
-    compared with yet. No engine asks for those.
+    From `WIDE_ROWS` on every product that the kernel can take has one, so wide that all of `cores` multiprocessors have work. trial: also
+    tiles whose results no GPU's float32 has been compared with yet. No engine asks for those.
     """
     if rows >= WIDE_ROWS:
-        fits = rows % 8 == 0 and product.inputs % matmul_sm90_wide.INPUTS == 0 and product.features % 8 == 0
-        return matmul_sm90_wide.Tile() if fits else None
+        whole = product.inputs % matmul_sm90_wide.INPUTS == 0 and product.features % matmul_sm90_wide.COPIED == 0
+        fits = rows % 8 == 0 and whole
+        return matmul_sm90_wide.tile_for(rows, product.features, product.gated, cores) if fits else None
     if rows not in matmul_sm90.ROWS:
         return None
     tile = _measured(kind, trial).get((next(lines for most, lines in MEASURED if rows <= most), product))

@@ -3,8 +3,9 @@
 Such a product is bound by arithmetic. A thread block multiplies a tile of rows with a tile of output features: one warpgroup copies their
 inputs into a ring by TMA, two multiply, half of the rows each, and copy their output out while the next tile's inputs are on their way.
 Two blocks of a cluster may take rows that follow each other, and share the copies of their weights. Tiles that are left when every block
-has had as many as the others are cut into narrower ones, so that all blocks end together. A step's shape has more lanes than its rows and
-prompts fill; which of them are filled is data, and a tile that holds none of those is not computed.
+has had as many as the others are cut into narrower ones, so that all blocks end together. How wide a product's tiles are is chosen by
+arithmetic, for the same reason. A step's shape has more lanes than its rows and prompts fill; which of them are filled is data, and a tile
+that holds none of those is not computed.
 
 N rows, D inputs, F output features.
 """
@@ -21,29 +22,81 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.matmul_sm90 import LINES, TILED
+from pallas_kernels.matmul_sm90 import LINES, SHARED, TILED
 
 GROUPS = 2  # warpgroups that multiply, LINES rows each
 ROWS = GROUPS * LINES  # of a tile
-COPIED = 128  # bytes of a row that are copied out at a time
-WIDE = 256  # features of a tile, wgmma's widest; of a gated product, gate's and up's together
+WIDE = 256  # features of the widest tile: wgmma's
+STEP = 32  # features that are copied out at a time, at the least: tiles are a multiple
+COPIED = 64  # at the most: products are a multiple
 INPUTS = 64  # of a turn
-STAGES = 4  # turns that the ring holds
+COLD = 2000  # clocks until a stage has weights from the device's memory: by 1,024 rows of 0.5B's down, 76 turns of 64 features in 29 us
 BAND = 8  # tiles of features that all rows go through before the next ones: their weights stay in the second-level cache
 ACC: Any = plgpu.ACC  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
 class Tile:
-    """cluster: 1, or 2 blocks that share the copies of their weights. All else is the same for every product."""
+    """cluster: 1, or 2 blocks that share the copies of their weights. features: of a gated product, gate's and up's together."""
 
     cluster: int = 2
+    features: int = WIDE
+
+
+def widths(gated: bool) -> list[int]:
+    """How wide a tile may be, the widest first."""
+    return list(range(WIDE, LINES - 1, -STEP * (1 + gated)))
+
+
+def tile_for(rows: int, features: int, gated: bool, workers: int) -> Tile:
+    """The tile that should take the fewest clocks; the widest one, which reads the least, unless another saves 3% of them.
+
+    Of the widest, a product of few features has so few tiles that some blocks get none, or one less than the others.
+    """
+    tiles = [Tile(features=width) for width in widths(gated)]
+    return min(tiles, key=lambda tile: clocks(rows, features, gated, workers, tile) * (0.97 if tile.features == WIDE else 1))
+
+
+def clocks(rows: int, features: int, gated: bool, workers: int, tile: Tile) -> float:
+    """How long a turn of all tiles should take, every lane filled: of a block's whole ones, and of what the last ones are cut into."""
+    wide, clusters = tile.features // (1 + gated), workers // tile.cluster
+    waves, left = divmod(-(-rows // (ROWS * tile.cluster)) * -(-features // wide), clusters)
+    copied = _copied(wide, itemsize=2)
+    cut = max((pieces for pieces in _cuts(wide, copied) if left * pieces <= clusters), default=1)
+    last = _turn(tile.features // cut) if left else 0
+    if not waves:  # all are narrow, and none finds its weights in the second-level cache
+        last = max(last, COLD / (_stages(tile.features, 2 * copied) - 1))
+    return waves * _turn(tile.features) + last
+
+
+def _turn(features: int) -> int:
+    """Clocks of a tile's turn, by what takes longer: the tensor cores or shared memory.
+
+    The tensor cores need four for a feature, and reach four fifths of that. Shared memory moves 128 bytes in each, a row's inputs: what is
+    copied goes in, and for each warpgroup its rows and all features out again.
+    """
+    return max(5 * features, ROWS + features + GROUPS * (LINES + features))
+
+
+def _copied(wide: int, itemsize: int) -> int:
+    """Features that are copied out at a time: 128 bytes of a row if a tile is some times so many, else 64."""
+    return (128 if wide * itemsize % 128 == 0 else 64) // itemsize
+
+
+def _cuts(wide: int, copied: int) -> list[int]:
+    """How many narrower tiles one may become: whole copies, and no narrower than wgmma's lines."""
+    return [pieces for pieces in (4, 3, 2) if wide % (pieces * copied) == 0 and wide // pieces >= LINES]
+
+
+def _stages(features: int, copied: int) -> int:
+    """Turns that the ring holds: shared memory, but for two copies of `copied` bytes a row on their way out of each warpgroup."""
+    return (SHARED - 1024 - 2 * ROWS * copied) // ((ROWS + features) * INPUTS * 2)
 
 
 @dataclass(frozen=True)
 class _Options:
-    """What is fixed when the kernel is compiled. halves: 2 if gated. workers: clusters in the grid, of `cluster` blocks each. copied:
-    features that are copied out at a time."""
+    """What is fixed when the kernel is compiled. halves: 2 if gated. workers: clusters in the grid, of `cluster` blocks each. wide: output
+    features of a whole tile. copied: those that are copied out at a time. stages: turns that the ring holds."""
 
     act: Callable[[Array], Array] | None
     rows: int
@@ -51,7 +104,9 @@ class _Options:
     turns: int
     workers: int
     cluster: int
+    wide: int
     copied: int
+    stages: int
 
     @property
     def halves(self) -> int:
@@ -63,14 +118,8 @@ class _Options:
         return ROWS * self.cluster
 
     @property
-    def wide(self) -> int:
-        """Output features of a whole tile."""
-        return WIDE // self.halves
-
-    @property
     def cuts(self) -> list[int]:
-        """How many narrower tiles one may become: no narrower than what is copied out at a time."""
-        return [pieces for pieces in (4, 2) if self.wide // pieces >= LINES]
+        return _cuts(self.wide, self.copied)
 
 
 @partial(jax.jit, static_argnames=("tile", "act", "workers", "dtype", "interpret"))
@@ -85,27 +134,30 @@ def linear(
     dtype: Any = None,
     interpret: bool = False,
 ) -> Array:
-    """x @ weight.T -> [N, F]; with `act`, [N, F / 2]: the second half gated by the first. Numbers are of 16 bits, D is a multiple of 64.
+    """x @ weight.T -> [N, F]; with `act`, [N, F / 2]: the second half gated by the first. Numbers are of 16 bits, D and what F comes to
+    multiples of 64.
 
     dtype: of what comes out, if not x's: float32.
     live_3: `work.live`: only rows [0, live[0]) and [live[1], live[2]) matter; some of the others hold anything. workers: thread blocks,
     one a multiprocessor.
     """
     rows, inputs = x_ND.shape
-    features = weight_FD.shape[0] // (1 if act is None else 2)
-    dtype = jnp.dtype(dtype or x_ND.dtype)
-    options = _Options(act, rows, features, inputs // INPUTS, workers // tile.cluster, tile.cluster, COPIED // dtype.itemsize)
-    tiled = plgpu.TilingTransform((8, options.copied)), plgpu.SwizzleTransform(COPIED)  # pyright: ignore[reportAbstractUsage]
-    free: dict[str, Any] = dict(num_arrivals=GROUPS, num_barriers=STAGES)
+    halves = 1 if act is None else 2
+    features, wide, dtype = weight_FD.shape[0] // halves, tile.features // halves, jnp.dtype(dtype or x_ND.dtype)
+    copied = _copied(wide, dtype.itemsize)
+    stages = _stages(tile.features, copied * dtype.itemsize)
+    options = _Options(act, rows, features, inputs // INPUTS, workers // tile.cluster, tile.cluster, wide, copied, stages)
+    tiled = plgpu.TilingTransform((8, copied)), plgpu.SwizzleTransform(copied * dtype.itemsize)  # pyright: ignore[reportAbstractUsage]
+    free: dict[str, Any] = dict(num_arrivals=GROUPS, num_barriers=stages)
     clusters: dict[str, Any] = dict(cluster=(tile.cluster,), cluster_names=("member",)) if tile.cluster > 1 else {}
     return plgpu.kernel(
         partial(_kernel, options),
         out_type=jax.ShapeDtypeStruct((rows, features), dtype),
         scratch_types=dict(
-            x_s=plgpu.SMEM((STAGES, ROWS, INPUTS), x_ND.dtype, transforms=TILED),
-            w_s=plgpu.SMEM((STAGES, WIDE, INPUTS), x_ND.dtype, transforms=TILED),
-            o_s=plgpu.SMEM((GROUPS, 2, LINES, options.copied), dtype, transforms=tiled),
-            here=plgpu.Barrier(num_arrivals=1 + options.halves, num_barriers=STAGES),
+            x_s=plgpu.SMEM((stages, ROWS, INPUTS), x_ND.dtype, transforms=TILED),
+            w_s=plgpu.SMEM((stages, tile.features, INPUTS), x_ND.dtype, transforms=TILED),
+            o_s=plgpu.SMEM((GROUPS, 2, LINES, copied), dtype, transforms=tiled),
+            here=plgpu.Barrier(num_arrivals=1 + halves, num_barriers=stages),
             free=plgpu.ClusterBarrier(collective_axes=("member",), **free) if tile.cluster > 1 else plgpu.Barrier(**free),
         ),
         grid=(options.workers,),
@@ -127,7 +179,7 @@ def _kernel(options: _Options, x, w, live, o, **scratch):
         plgpu.set_max_registers(40, action="decrease")
         turns = _tiles(options, refs, partial(_fetch_tile, options, refs))
         # Every completion must be awaited: a barrier ends even.
-        lax.fori_loop(jnp.maximum(turns - STAGES, 0), turns, partial(_await_free, refs), ())
+        lax.fori_loop(jnp.maximum(turns - options.stages, 0), turns, partial(_await_free, options, refs), ())
 
     @pl.when(group < GROUPS)
     def _():
@@ -178,8 +230,8 @@ def _tiles(options: _Options, refs, each):
     return turn
 
 
-def _await_free(refs, turn, _):
-    plgpu.barrier_wait(refs.free.at[lax.rem(turn, jnp.int32(STAGES))])
+def _await_free(options: _Options, refs, turn, _):
+    plgpu.barrier_wait(refs.free.at[lax.rem(turn, jnp.int32(options.stages))])
     return ()
 
 
@@ -189,11 +241,11 @@ def _fetch_tile(options: _Options, refs, row, feature, turn, wide):
     outside_x, outside_w = zeros if options.rows % options.high else None, zeros if options.features % options.wide else None
 
     def fetch(i, _):
-        stage = lax.rem(turn + i, jnp.int32(STAGES))
+        stage = lax.rem(turn + i, jnp.int32(options.stages))
 
-        @pl.when(turn + i >= STAGES)
+        @pl.when(turn + i >= options.stages)
         def _():
-            _await_free(refs, turn + i, ())
+            _await_free(options, refs, turn + i, ())
 
         inputs, here = pl.ds(i * INPUTS, INPUTS), refs.here.at[stage]
         plgpu.copy_gmem_to_smem(refs.x.at[pl.ds(row, ROWS), inputs], refs.x_s.at[stage], here, oob_mode=outside_x)
@@ -227,18 +279,18 @@ def _turns(options: _Options, refs, group, turn, accumulator):
     width = accumulator.shape[1]
 
     def multiply(i, _):
-        stage = lax.rem(turn + i, jnp.int32(STAGES))
+        stage = lax.rem(turn + i, jnp.int32(options.stages))
         plgpu.barrier_wait(refs.here.at[stage])
         plgpu.wgmma(accumulator, refs.x_s.at[stage, pl.ds(group * LINES, LINES)], refs.w_s.at[stage, pl.ds(0, width)].T)
         plgpu.wgmma_wait(1)  # the product of the turn before
 
         @pl.when(i > 0)
         def _():
-            plgpu.barrier_arrive(refs.free.at[lax.rem(turn + i - 1, jnp.int32(STAGES))])
+            plgpu.barrier_arrive(refs.free.at[lax.rem(turn + i - 1, jnp.int32(options.stages))])
 
         return ()
 
     lax.fori_loop(0, options.turns, multiply, ())
     plgpu.wgmma_wait(0)
-    plgpu.barrier_arrive(refs.free.at[lax.rem(turn + options.turns - 1, jnp.int32(STAGES))])
+    plgpu.barrier_arrive(refs.free.at[lax.rem(turn + options.turns - 1, jnp.int32(options.stages))])
     return accumulator[...]

@@ -162,7 +162,7 @@ def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -
     """One product, by the tile that the device's table has for it."""
     x, weight = Shape((rows, inputs), jnp.bfloat16), Shape((features * (1 + gated), inputs), jnp.bfloat16)
     act = jax.nn.silu if gated else None
-    tile = many_rows_tile(target.kind, rows, Product(features, inputs, gated), trial=True)
+    tile = many_rows_tile(target.kind, rows, Product(features, inputs, gated), cores=132, trial=True)
     if isinstance(tile, matmul_sm90_wide.Tile):
         wide = partial(matmul_sm90_wide.linear, tile=tile, workers=132, act=act)
         return {"thunks": target.compile(wide, x, weight, Shape((3,), jnp.int32))[1]}

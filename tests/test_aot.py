@@ -33,6 +33,7 @@ JOBS = {
         *("sm90:prefill_group_1", "sm90:prefill_group_3"),
         *("linear:8:14336:4096:gated", "linear:64:4096:14336", "linear:256:14336:4096:gated", "linear:256:2560:2048"),
         *("linear:9216:14336:4096:gated", "linear:9000:4096:14336"),
+        *("linear:1024:1152:896", "linear:1024:896:4864", "linear:1024:2560:2048", "linear:1024:11008:2048:gated"),
         *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "again:portable", "kept:portable", "spill"),
         *("8b:2:64:0", "8b:2:64:0:alone", "8b:4:64:0", "8b:2:64:448", "8b:2:1:0", "8b:1:1:448", "8b:1:64:2048", "8b:1:1024:0"),
     ],

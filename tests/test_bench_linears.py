@@ -76,14 +76,14 @@ def test_a_tile_that_computes_something_else_is_refused(untimed, monkeypatch):
 @pytest.mark.parametrize("rows", [1, 8])
 def test_what_is_in_use_is_compared_and_then_timed_beside_xlas(rows, untimed, monkeypatch):
     monkeypatch.setattr(calls, "many_rows_linear", partial(many_rows, interpret=True))
-    monkeypatch.setattr(linears, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
+    monkeypatch.setattr(linears, "many_rows_tile", lambda *args, cores, trial: ManyTile(8, 64))
     product = Product(16, 128)
-    found, row = linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
+    found, row = linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows, 132)
     assert [(each["by"], each["batch"], each["value"]) for each in found] == [("xla", rows, 3.0), ("ours", rows, 3.0)]
     assert row == (None if rows == 1 else tiles.tuned(product, 8, ManyTile(8, 64), 3.0))
     monkeypatch.setattr(calls, "ours", lambda tile, act, x, weight, around: jnp.zeros((rows, 16)))
     with pytest.raises(SystemExit, match=f"{rows} rows: .* computes something else"):
-        linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows)
+        linears.compare("NVIDIA H200", "llama-3.1-8b", "qkv", product, rows, 132)
 
 
 @pytest.mark.parametrize("product", [p for model in linears.MODELS for p in calls.products(model).values()], ids=str)
@@ -101,7 +101,7 @@ def many(monkeypatch):
     """Two tiles, interpreted, with what reads them: of XLA's 5.0 microseconds, the second takes 2.0."""
     monkeypatch.setattr(calls, "many_rows_linear", partial(many_rows, interpret=True))
     monkeypatch.setattr(tiles, "join", partial(join, interpret=True))
-    monkeypatch.setattr(tiles, "many_rows_tile", lambda *args, trial: ManyTile(8, 64))
+    monkeypatch.setattr(tiles, "many_rows_tile", lambda *args, cores, trial: ManyTile(8, 64))
     monkeypatch.setattr(tiles, "many_rows_candidates", lambda *args: [ManyTile(8, 64, 2)])
     shape: Any = SimpleNamespace(hidden=16)
     monkeypatch.setattr(tiles.Reader, "of", lambda name, model, devices: tiles.Reader(name, shape))
@@ -128,10 +128,28 @@ def test_a_part_that_its_reader_misses_is_refused(many, monkeypatch):
         tiles.tune_many("NVIDIA H200", "llama-3.1-8b", "o", ADDED, 8, 132)
 
 
+def test_every_width_is_compared_and_then_timed_beside_xlas(monkeypatch, capsys):
+    """Of 768 rows of 128 features, six tiles of 64: one turn of 64 inputs, whose copies take longer than its products."""
+    monkeypatch.setattr(calls, "COLD", 1e4)
+    monkeypatch.setattr(calls, "timed", lambda runs, call: [5.0, 3.0, 4.0, 2.0, 6.0, 7.0, 8.0][: len(runs)])
+    monkeypatch.setattr(calls, "ours", lambda tile, act, x, weight, around: jnp.einsum("nd,fd->nf", x, weight))
+    tiles.time_widths("NVIDIA H200", "o", Product(128, 64), 768, 132)
+    said = capsys.readouterr().out
+    assert said.startswith(" 768 o        Product(features=128, inputs=64, gated=False): XLA 5.00 us; in use ")
+    assert "256 5.00 (667), 224 3.00 (1120), " in said and said.endswith(", 64 8.00 (448)\n")
+    monkeypatch.setattr(calls, "ours", lambda tile, act, x, weight, around: jnp.einsum("nd,fd->nf", x, weight) * (tile.features != 96))
+    with pytest.raises(SystemExit, match=r"768 rows: these tiles compute something else: \[Tile\(cluster=2, features=96\)\]"):
+        tiles.time_widths("NVIDIA H200", "o", Product(128, 64), 768, 132)
+    with pytest.raises(SystemExit, match="768 rows: no tile"):
+        tiles.time_widths("NVIDIA H200", "o", Product(100, 64), 768, 132)
+
+
 def test_rows_that_have_no_tiles_are_refused(monkeypatch):
     monkeypatch.setattr(linears.jax, "devices", lambda: [SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", core_count=132)])
     with pytest.raises(SystemExit, match="--tune finds tiles for 1, 8, 64, 128, 256 rows, and --rows asks for 16, 32"):
         linears.main(["--tune", "--rows", "8", "32", "16"])
+    with pytest.raises(SystemExit, match="--widths is for 768 rows and more, and --rows asks for 512"):
+        linears.main(["--widths", "--rows", "1024", "512"])
 
 
 def test_it_wants_a_gpu_whose_limits_are_known():

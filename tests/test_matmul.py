@@ -198,13 +198,13 @@ def test_the_way_is_chosen_by_device_and_rows():
 
 
 def test_a_product_that_xla_is_better_at_is_left_to_it():
-    tile = partial(many_rows_tile, "NVIDIA H200")
+    tile = partial(many_rows_tile, "NVIDIA H200", cores=132)
     assert all(tile(rows, product) is not None for rows in (2, 8, 64, 128, 256) for product in QWEN_05B)
     assert all(tile(384, product) is None for product in QWEN_05B), "no kernel was made for 384 rows"
     assert [tile(256, product, trial=True) is not None for product in LLAMA_8B] == [False, False, True, False], "bound by arithmetic"
     assert all(tile(64, product) is not None for product in LLAMA_8B)
     assert tile(8, Product(3584, 3584)) is None, "not measured"
-    assert many_rows_tile("NVIDIA H100 80GB HBM3", 8, QWEN_05B[0]) is None, "not measured there"
+    assert many_rows_tile("NVIDIA H100 80GB HBM3", 8, QWEN_05B[0], cores=132) is None, "not measured there"
 
 
 def test_a_tile_is_for_trials_until_a_gpu_has_compared_it(monkeypatch, tmp_path):
@@ -212,9 +212,8 @@ def test_a_tile_is_for_trials_until_a_gpu_has_compared_it(monkeypatch, tmp_path)
     (tmp_path / "tuning" / "linear").mkdir(parents=True)
     (tmp_path / "tuning" / "linear" / file_name("made up")).write_text(json.dumps({"rows": rows}))
     monkeypatch.setattr(matmul, "files", lambda package: tmp_path)
-    found = {
-        trial: [many_rows_tile("made up", 8, Product(64, size), trial=trial) is not None for size in (64, 128)] for trial in (False, True)
-    }
+    tile = partial(many_rows_tile, "made up", 8, cores=132)
+    found = {trial: [tile(Product(64, size), trial=trial) is not None for size in (64, 128)] for trial in (False, True)}
     assert found == {False: [True, False], True: [True, True]}
 
 
@@ -227,7 +226,7 @@ def test_every_measured_tile_fits():
             assert tile in ([1], [2]) and product.inputs % matmul_sm90_wide.INPUTS == 0
             continue
         for rows in {8: (2, 4, 8, 16), 64: (32, 64), 128: (128,), 256: (256,)}[lines]:
-            found, halves = many_rows_tile("NVIDIA H200", rows, product, trial=True), 1 + product.gated
+            found, halves = many_rows_tile("NVIDIA H200", rows, product, cores=132, trial=True), 1 + product.gated
             assert isinstance(found, matmul_sm90.Tile) and list(astuple(found)) == tile
             assert found.features % 8 == 0 and found.features * halves <= 256, "what a product of the tensor cores may be wide"
             assert product.inputs % (found.inputs * found.parts) == 0 and (found.parts == 1 or not product.gated)
@@ -284,7 +283,7 @@ def shaken(decoder: Decoder) -> Decoder:
     return decoder
 
 
-def wide_tile(kind: str, rows: int, product: Product, trial: bool = False) -> matmul_sm90.Tile:
+def wide_tile(kind: str, rows: int, product: Product, cores: int, trial: bool) -> matmul_sm90.Tile:
     """Few blocks, because an interpreter runs them one after another."""
     return matmul_sm90.Tile(64, 64, 1 if product.gated else product.inputs // 64)
 

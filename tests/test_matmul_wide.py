@@ -12,13 +12,14 @@ from attention_oracle import on_gpu
 from engines import make_plan
 from test_matmul import LLAMA_8B, QWEN_05B, SILU, apart, decoder_mesh, decoder_of, draw, exact, gpu, shaken, step
 
+from bench.calls import products
 from jaxllm.parallel import on_each, spec
 from jaxllm.plan import Bucket
 from jaxllm.programs import step_options
 from pallas_kernels import Rows, head_for, linears_for, matmul, matmul_one_row, matmul_sm90_wide, turn_and_write
 from pallas_kernels.matmul import ManyRows, Product, many_rows_tile
 from pallas_kernels.matmul_join import join
-from pallas_kernels.matmul_sm90_wide import Tile
+from pallas_kernels.matmul_sm90_wide import Tile, clocks, tile_for, widths
 from pallas_kernels.work import lanes, live, live_rows
 
 
@@ -26,12 +27,12 @@ def kept(rows: int, filled: tuple[int, int, int] | None) -> np.ndarray:
     return np.arange(rows) if filled is None else np.r_[0 : filled[0], filled[1] : filled[2]]
 
 
-CASES = {  # rows, features, gated, the filled lanes, blocks, blocks in a cluster
+CASES = {  # rows, features, gated, the filled lanes, blocks, blocks in a cluster, features of a tile if not the most
     "every block has as much": (256, 256, False, None, 2, 1),
     "two are left, cut in four": (256, 256, False, None, 8, 1),
     "one is left, cut in two": (128, 256, False, None, 3, 1),
     "gated, the last one ragged": (256, 320, True, None, 3, 1),
-    "neither rows nor features are whole": (300, 136, True, None, 4, 1),
+    "neither rows nor features are whole": (300, 192, True, None, 4, 1),
     "few rows, a prompt in the middle": (512, 256, False, (40, 256, 300), 4, 1),
     "rows and prompt share a tile": (384, 128, True, (40, 64, 300), 4, 1),
     "a prompt alone": (384, 256, False, (0, 64, 65), 7, 1),
@@ -39,19 +40,29 @@ CASES = {  # rows, features, gated, the filled lanes, blocks, blocks in a cluste
     "all is filled": (384, 256, False, (300, 300, 384), 3, 1),
     "nothing is filled": (256, 256, False, (0, 64, 64), 2, 1),
     "a cluster": (256, 256, False, None, 2, 2),
-    "clusters, nothing whole": (300, 136, True, None, 4, 2),
+    "clusters, nothing whole": (300, 192, True, None, 4, 2),
     "clusters, a prompt alone": (512, 256, False, (0, 64, 65), 6, 2),
     "clusters, rows and prompt": (512, 256, True, (1, 300, 512), 4, 2),
     "clusters that cut": (512, 256, False, (300, 300, 512), 8, 2),
+    "64 wide, more turns than the ring holds": (384, 256, False, None, 2, 1, 64),
+    "96 wide, clusters, the last one ragged": (512, 320, False, (300, 300, 512), 4, 2, 96),
+    "128 wide, clusters, two are left and cut in two": (512, 320, False, (40, 300, 512), 8, 2, 128),
+    "160 wide, nothing whole": (300, 384, False, None, 2, 1, 160),
+    "192 wide, one is left and cut in three": (256, 384, False, None, 3, 1, 192),
+    "224 wide, clusters": (300, 448, False, None, 2, 2, 224),
+    "gated, 96 of each": (256, 320, True, None, 3, 1, 192),
+    "gated, 96 of each, clusters, a prompt alone": (512, 192, True, (0, 64, 65), 4, 2, 192),
+    "gated, 64 of each, too narrow to be cut": (300, 192, True, None, 8, 2, 128),
+    "gated, 32 of each": (300, 64, True, None, 4, 1, 64),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_filled_lanes_are_multiplied(name, capfd):
-    rows, features, gated, filled, workers, cluster = CASES[name]
+    rows, features, gated, filled, workers, *tile = CASES[name]
     x, weight = draw(rows, 128), draw(features * (1 + gated), 128, scale=128**-0.5)
     live_3 = jnp.array(filled or (rows, rows, rows), jnp.int32)
-    options: dict[str, Any] = dict(tile=Tile(cluster), workers=workers, act=SILU if gated else None, interpret=True)
+    options: dict[str, Any] = dict(tile=Tile(*tile), workers=workers, act=SILU if gated else None, interpret=True)
     found = matmul_sm90_wide.linear(x, weight, live_3, **options)
     assert found.shape == (rows, features) and "RACE DETECTED" not in capfd.readouterr().out
     if len(here := kept(rows, filled)):
@@ -66,20 +77,22 @@ def test_tiles_without_a_filled_lane_are_left_out():
     assert right == [True, False, True, True, False]
 
 
-def test_a_lane_is_the_same_in_whatever_company():
+@pytest.mark.parametrize("width", [256, 160])
+def test_a_lane_is_the_same_in_whatever_company(width):
     """Same lane, same bits, whatever the others hold and however the tiles are cut: not even their NaN reaches it."""
     x, weight = draw(256, 128), draw(256, 128)
-    run = partial(matmul_sm90_wide.linear, weight_FD=weight, tile=Tile(1), interpret=True)
-    found = run(x, live_3=jnp.array([256, 256, 256]), workers=2)
-    alone = run(x.at[1:].set(jnp.nan), live_3=jnp.array([1, 256, 256]), workers=4)
+    run = partial(matmul_sm90_wide.linear, weight_FD=weight, interpret=True)
+    found = run(x, live_3=jnp.array([256, 256, 256]), tile=Tile(1), workers=2)
+    alone = run(x.at[1:].set(jnp.nan), live_3=jnp.array([1, 256, 256]), tile=Tile(1, width), workers=4)
     np.testing.assert_array_equal(np.asarray(found[0], np.float32), np.asarray(alone[0], np.float32))
 
 
-def test_float32_comes_out_where_it_is_wanted(capfd):
+@pytest.mark.parametrize("width", [256, 224, 192])
+def test_float32_comes_out_where_it_is_wanted(width, capfd):
     """Logits of rows with a token, in twice as many copies; a border that is no copy's; and what rounding would have cost."""
-    hidden, weight = draw(300, 128), draw(328, 128, scale=128**-0.5)
+    hidden, weight = draw(300, 128), draw(320, 128, scale=128**-0.5)
     options: dict[str, Any] = dict(workers=4, dtype=jnp.float32, interpret=True)
-    found = matmul_sm90_wide.linear(hidden, weight, jnp.array([200, 300, 300]), tile=Tile(2), **options)
+    found = matmul_sm90_wide.linear(hidden, weight, jnp.array([200, 300, 300]), tile=Tile(2, width), **options)
     assert found.dtype == jnp.float32 and "RACE DETECTED" not in capfd.readouterr().out
     assert apart(found[:200], exact(hidden, weight)[:200]) < 1e-6 < apart(found[:200].astype(jnp.bfloat16), exact(hidden, weight)[:200])
 
@@ -131,16 +144,42 @@ def test_hundreds_of_rows_are_multiplied_so_on_hopper():
     for lanes_, wide in ((512, False), (9216, True)):
         run = linears_for(gpu("9.0"), lanes_, "bfloat16", owners=rows)
         assert isinstance(run, ManyRows) and (run.live_3 is not None) is wide
-        products = [*LLAMA_8B, *QWEN_05B, Product(3584, 3584)]
-        assert [many_rows_tile(run.kind, lanes_, product) for product in products] == [Tile(2) if wide else None] * len(products)
-    assert many_rows_tile("NVIDIA H200", 8193, LLAMA_8B[0]) is None, "one row beside 8,192 tokens: copies go by eight"
-    assert many_rows_tile("NVIDIA H200", 9216, Product(3584, 96)) is None and many_rows_tile("NVIDIA H200", 9216, Product(100, 128)) is None
+        tile = partial(many_rows_tile, run.kind, cores=132)
+        assert all(isinstance(tile(lanes_, product), Tile) is wide for product in [*LLAMA_8B, *QWEN_05B, Product(3584, 3584)])
+    assert tile(8193, LLAMA_8B[0]) is None, "one row beside 8,192 tokens: copies go by eight"
+    assert tile(9216, Product(3584, 96)) is None and tile(9216, Product(136, 128)) is None, "and by 64 features and inputs"
     assert linears_for(gpu("10.0"), 9216, "bfloat16", owners=rows) is None
+
+
+WIDTHS = {  # lanes: QKV, o, gate and up, down
+    "qwen2.5-3b": {1024: (160, 128, 192, 128), 2304: (256, 160, 256, 160), 9216: (256, 256, 256, 256)},
+    "qwen2.5-0.5b": {1024: (96, 128, 256, 128), 2304: (192, 128, 192, 128), 9216: (128, 128, 256, 128)},
+    "llama-3.1-8b": {1024: (256, 256, 256, 256), 2304: (256, 192, 256, 192), 9216: (256, 256, 256, 256)},
+}
+
+
+@pytest.mark.parametrize(("model", "rows"), [(model, rows) for model in WIDTHS for rows in WIDTHS[model]])
+def test_tiles_are_as_wide_as_fills_the_device(model, rows):
+    """On an H200's 132 multiprocessors."""
+    found = [tile_for(rows, product.features, product.gated, 132).features for product in products(model).values()]
+    assert tuple(found) == WIDTHS[model][rows]
+
+
+def test_the_clocks_of_a_product_are_those_of_its_waves():
+    """Of 1,024 rows, four clusters high, on 66 of them: tiles by their tensor cores or their shared memory, and what is left cut."""
+    count = partial(clocks, 1024, workers=132)
+    assert count(256 * 33, gated=False, tile=Tile()) == 2 * 5 * 256
+    assert count(160 * 16, gated=False, tile=Tile(features=160)) == 5 * 160
+    assert count(96 * 16, gated=False, tile=Tile(features=96)) == 3 * 96 + 256
+    assert count(256 * 17, gated=False, tile=Tile()) == 5 * 256 + 3 * 64 + 256, "2 left, cut in four"
+    assert count(192 * 18, gated=False, tile=Tile(features=192)) == 5 * 192 + 3 * 64 + 256, "6 left, cut in three"
+    assert count(128 * 20, gated=True, tile=Tile()) == 5 * 256 + 5 * 128, "14 left, and a gated tile is cut in two"
+    assert count(256 * 4, gated=False, tile=Tile()) == 2000 / 3, "all cut in four: the weights of three turns are on their way"
 
 
 def test_a_decoder_is_the_same_through_them(monkeypatch):
     """Five rows, of which three are filled: the logits of those, to what bfloat16 rounds; of the others there are none."""
-    monkeypatch.setattr(matmul, "many_rows_tile", lambda kind, rows, product, trial=False: Tile(1))
+    monkeypatch.setattr(matmul, "many_rows_tile", lambda *args, cores, trial: Tile(1))
     decoder = shaken(decoder_of("qwen2"))
     plain, _ = step(decoder, None, 5)
     found, _ = step(decoder, ManyRows("cpu", 2, interpret=True, live_3=jnp.array([3, 5, 5], jnp.int32)), 5)
@@ -238,8 +277,8 @@ def test_wide_products_on_a_gpu(product, filled):
         gate, up = np.split(meant, 2, axis=1)
         meant = gate / (1 + np.exp(-gate)) * up
     here, live_3 = kept(rows, filled), jnp.array(filled or (rows, rows, rows), jnp.int32)
-    for cluster in (1, 2):
-        found = [np.asarray(run(x, weight, live_3, tile=Tile(cluster))[here], np.float32) for _ in range(2)]
+    for tile in (Tile(1), *(Tile(2, width) for width in widths(product.gated))):
+        found = [np.asarray(run(x, weight, live_3, tile=tile)[here], np.float32) for _ in range(2)]
         assert apart(found[0], meant[here]) < 6e-3
         np.testing.assert_array_equal(found[0], found[1])
 
