@@ -40,6 +40,7 @@ class EngineConfig:
     seed: int = 0
     max_model_len: int | None = None
     tensor_parallel_size: int = 1
+    disable_custom_all_reduce: bool = False  # GPUs sum by NCCL alone, not by writing into each other's memory
     gpu_memory_utilization: float = 0.9
     block_size: int | None = None
     kv_cache_dtype: str = "auto"

@@ -13,7 +13,7 @@ from jaxllm.request import MAX_BIAS, MAX_STOP_IDS, ConfigError
 GIB = 2**30
 PAGE_SIZE = 64  # measured best with the Mosaic kernels; whole pages are what prompts share
 LARGE = 60 * GIB  # from this device memory on, steps are sized for throughput; below, weights need most of it
-SLACK = 5 * GIB // 4  # the allocator's rounding, CUDA graphs
+SLACK = 5 * GIB // 4  # the allocator's rounding, CUDA graphs, mailboxes
 PACE = 4e13  # operations on prompts in a step while answers are streamed: 60 ms on an H200, the pause between two of their tokens
 WORKSPACE = 128 * 2**20  # what XLA counts among a step's temporaries for cuBLAS, however small the step
 # A dispatch takes the host 1 to 2 ms. A GPU reads 2.5 TB/s of a small model's weights, so those of less than 2 GB or so are done before:
@@ -168,7 +168,7 @@ def make_plan(
         streamed_chunk=config.max_num_batched_tokens or _paced(chunks, weight_bytes),
         kv_dtype=kv_dtype,
         step_bytes=None if machine.memory is None else step_bytes,
-        mailboxes=machine.peers and config.tensor_parallel_size > 1,
+        mailboxes=machine.peers and config.tensor_parallel_size > 1 and not config.disable_custom_all_reduce,
     )
 
 

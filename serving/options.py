@@ -129,6 +129,7 @@ ENGINE = {
     "Devices and memory": [
         Flag("device", "Kind of device to run on; auto takes GPUs when there are any.", ("auto", "cpu", "cuda")),
         Flag("tensor_parallel_size", "Devices to split the model over.", whole(1), "COUNT", short="-tp"),
+        Flag("disable_custom_all_reduce", "Add up what GPUs made by NCCL alone, not in each other's memory.", "switch"),
         Flag("gpu_memory_utilization", "Fraction of each GPU's memory to use in all.", fraction, "FRACTION"),
         Flag("block_size", "Tokens in a page of the KV cache.", whole(1), "TOKENS", "chosen for the device"),
         Flag("kv_cache_dtype", "Type of cached keys and values: fp8 holds twice as many tokens; auto is --dtype.", KV_CACHE_DTYPES),

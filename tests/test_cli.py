@@ -58,7 +58,7 @@ EVERY_FLAG = """--host ::1 --port 9 --api-key k --api-key l --enable-log-request
     --model m --served-model-name s --tokenizer t --chat-template c
     --generation-config vllm --hf-overrides '{"a":1}' --dtype half --max-model-len 8K --max-logprobs 5 --seed 3 --enforce-eager
     --load-format dummy --revision r --download-dir d --device cpu --tensor-parallel-size 2 --gpu-memory-utilization 0.5 --block-size 16
-    --kv-cache-dtype fp8
+    --kv-cache-dtype fp8 --disable-custom-all-reduce
     --attention-backend reference --num-gpu-blocks-override 9 --no-enable-prefix-caching --max-num-seqs 4 --max-num-batched-tokens 64
     --num-scheduler-steps 3"""
 
@@ -106,6 +106,7 @@ def test_every_flag_reaches_its_field():
         download_dir="d",
         device="cpu",
         tensor_parallel_size=2,
+        disable_custom_all_reduce=True,
         gpu_memory_utilization=0.5,
         block_size=16,
         kv_cache_dtype="fp8",

@@ -97,6 +97,13 @@ def test_on_a_cpu_a_shape_of_one_row_is_for_float32():
     assert smallest == [Bucket(0, 1), Bucket(0, 8), Bucket(0, 8)]
 
 
+def test_gpus_that_reach_each_other_sum_by_mailboxes_unless_they_must_not():
+    two, apart = (dataclasses.replace(H200, count=2, peers=peers) for peers in (True, False))
+    assert plan(two, tensor_parallel_size=2).mailboxes and not plan(two, tensor_parallel_size=1).mailboxes
+    assert not plan(apart, tensor_parallel_size=2).mailboxes
+    assert not plan(two, tensor_parallel_size=2, disable_custom_all_reduce=True).mailboxes
+
+
 def test_enforce_eager_compiles_two_shapes():
     assert plan(enforce_eager=True, max_num_seqs=16, max_num_batched_tokens=512).buckets == (Bucket(0, 16), Bucket(512, 16))
 
