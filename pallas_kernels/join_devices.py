@@ -12,7 +12,8 @@ kernel that asks XLA for one, XLA runs another that has all devices wait for eac
 D model, N rows, P parts, W devices, V = W + 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -35,7 +36,7 @@ THREADS = 128  # of a block
 
 def fits(rows: int, size: int, dtype: Any) -> bool:
     """Can rows of this model be summed by mailboxes?"""
-    return rows <= ROWS and size % (2 * THREADS) == 0 and jnp.dtype(dtype).itemsize == 2
+    return rows <= ROWS and size % (4 * THREADS) == 0 and jnp.dtype(dtype).itemsize == 2
 
 
 def words(size: int, devices: int) -> int:
@@ -90,8 +91,8 @@ class _Options:
 
     @property
     def together(self) -> int:
-        """Numbers that a thread copies at a time: 16 bytes, or fewer if a row has not enough."""
-        return next(count for count in (8, 4, 2) if self.size % (count * THREADS) == 0)
+        """Numbers that a thread copies at a time: 16 bytes, or 8 if they do not divide a row."""
+        return 8 if self.size % (8 * THREADS) == 0 else 4
 
     @property
     def layout(self) -> Any:
@@ -118,72 +119,92 @@ def _kernel(options: _Options, h, parts, norm, addresses, h_out, normed_out):
 
 
 def _exchange(options: _Options, context: Any, own: Any, addresses: Any) -> Any:
-    """The sum of all devices' `own` of this block's row, float32."""
-    i32, i64, index = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64), ir.IndexType.get()
-    devices, bytes_, together = options.devices, 2 * options.size, options.together
-    words = together // 2
-
-    def number(value: int, type_: Any = i64) -> Any:
-        return arith.constant(type_, value)
-
-    def wide(x: Any) -> Any:
-        return arith.extui(i64, x)
-
-    def word(device: Any, high: int) -> Any:
-        return memref.load(addresses, [arith.index_cast(index, device), number(high, index)])
-
-    def mailbox(device: Any) -> Any:
-        return arith.ori(wide(word(device, 0)), arith.shli(wide(word(device, 1)), number(32)))
-
-    def plus(address: Any, *terms: tuple[Any, int]) -> Any:
-        for count, size in terms:
-            address = arith.addi(address, arith.muli(wide(count), number(size)))
-        return address
-
-    thread, row = utils.thread_idx(), arith.index_cast(i32, gpu.block_id(gpu.Dimension.x))
-    rank = word(number(devices, i32), 0)
-    line = plus(mailbox(rank), (row, LINE))
-    read = arith.addi(line, number(LINE - 4))
-    time = arith.addi(utils.inline_ptx("ld.global.b32 $0, [$1];", read, result_types=i32, has_side_effects=True), number(1, i32))
-    turn = arith.andi(time, number(1, i32))
+    """The sum of all devices' `own` of this block's row, float32. What stands here is compiled as it is, Mosaic's array included."""
+    thread, row, rank = utils.thread_idx(), arith.index_cast(_int(32), gpu.block_id(gpu.Dimension.x)), _word(addresses, options.devices, 0)
+    boxes, mine = [_mailbox(addresses, _number(device, 32)) for device in range(options.devices)], _mailbox(addresses, rank)
+    line = _plus(mine, (row, LINE))
+    read = arith.addi(line, _number(LINE - 4))
+    times = utils.inline_ptx("ld.global.b32 $0, [$1];", read, result_types=_int(32), has_side_effects=True)
+    time = arith.addi(times, _number(1, 32))
+    turn, size = arith.andi(time, _number(1, 32)), 2 * options.size
 
     def place(box: Any, source: Any) -> Any:
         """Where this thread's numbers of the row from `source` lie, this time."""
-        box = arith.addi(box, number(ROWS * LINE))
-        return plus(box, (turn, devices * ROWS * bytes_), (source, ROWS * bytes_), (row, bytes_), (thread, 2 * together))
+        places = arith.addi(box, _number(ROWS * LINE))
+        return _plus(places, (turn, options.devices * ROWS * size), (source, ROWS * size), (row, size), (thread, 2 * options.together))
 
-    step, each = 2 * together * THREADS, f".v{words}" if words > 1 else ""
-    names = [f"${i}" for i in range(words + 1)]
-    group = f"{{{', '.join(names[:words])}}}" if words > 1 else names[0]
-    given = [vector.bitcast(ir.VectorType.get((words,), i32), register) for register in own.registers]
-    for device in range(devices):
-        at = place(mailbox(number(device, i32)), rank)
-        for i, register in enumerate(given):
-            pieces = [vector.extract(register, dynamic_position=[], static_position=[j]) for j in range(words)]
-            put = f"st.relaxed.sys.global{each}.b32 [${words}], {group};"
-            utils.inline_ptx(put, *pieces, arith.addi(at, number(i * step)), has_side_effects=True)
+    for box in boxes:
+        _put(own, place(box, rank))
     utils.warpgroup_barrier()  # all threads' numbers are written before one says so
-    with ir.InsertionPoint(scf.IfOp(arith.cmpi(arith.CmpIPredicate.ult, thread, number(devices, i32))).then_block):
-        told = plus(mailbox(thread), (row, LINE), (rank, 4))
+    with _when(arith.cmpi(arith.CmpIPredicate.ult, thread, _number(options.devices, 32))):
+        told = _plus(_mailbox(addresses, thread), (row, LINE), (rank, 4))
         utils.inline_ptx("st.release.sys.global.b32 [$0], $1;", told, time, has_side_effects=True)
-        awaited = plus(line, (thread, 4))
-        utils.inline_ptx(_AWAIT, awaited, time, has_side_effects=True)
-        scf.yield_([])
+        utils.inline_ptx(_AWAIT, _plus(line, (thread, 4)), time, has_side_effects=True)
     utils.warpgroup_barrier()
-    total = None
-    for device in range(devices):
-        at, registers = place(mailbox(rank), number(device, i32)), np.empty(own.registers.shape, object)
-        for i in range(len(registers)):
-            take = f"ld.relaxed.sys.global{each}.b32 {group}, [${words}];"
-            pieces = utils.inline_ptx(take, arith.addi(at, number(i * step)), result_types=[i32] * words, has_side_effects=True)
-            whole = vector.from_elements(ir.VectorType.get((words,), i32), list(pieces))
-            registers[i] = vector.bitcast(own.registers[i].type, whole)
-        sent = mosaic.FragmentedArray(_registers=registers, _layout=own.layout, _is_signed=None).astype(ir.F32Type.get())
-        total = sent if total is None else total + sent
-    with ir.InsertionPoint(scf.IfOp(arith.cmpi(arith.CmpIPredicate.eq, thread, number(0, i32))).then_block):
+    total = _take(own, place(mine, _number(0, 32)))
+    for device in range(1, options.devices):
+        total += _take(own, place(mine, _number(device, 32)))
+    with _when(arith.cmpi(arith.CmpIPredicate.eq, thread, _number(0, 32))):
         utils.inline_ptx("st.global.b32 [$0], $1;", read, time, has_side_effects=True)
-        scf.yield_([])
     return total
+
+
+def _put(x: Any, address: Any) -> None:
+    """Write a thread's numbers of a row of 16-bit ones."""
+    count, names, step = _words(x)
+    for i, register in enumerate(x.registers):
+        whole = vector.bitcast(ir.VectorType.get((count,), _int(32)), register)
+        pieces = [vector.extract(whole, dynamic_position=[], static_position=[j]) for j in range(count)]
+        put = f"st.relaxed.sys.global.v{count}.b32 [${count}], {{{names}}};"
+        utils.inline_ptx(put, *pieces, arith.addi(address, _number(i * step)), has_side_effects=True)
+
+
+def _take(like: Any, address: Any) -> Any:
+    """Read them again, as float32: past the first-level cache, which knows nothing of what others write."""
+    (count, names, step), registers = _words(like), np.empty(like.registers.shape, object)
+    for i, register in enumerate(like.registers):
+        take, place = f"ld.relaxed.sys.global.v{count}.b32 {{{names}}}, [${count}];", arith.addi(address, _number(i * step))
+        pieces = utils.inline_ptx(take, place, result_types=[_int(32)] * count, has_side_effects=True)
+        registers[i] = vector.bitcast(register.type, vector.from_elements(ir.VectorType.get((count,), _int(32)), list(pieces)))
+    return mosaic.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None).astype(ir.F32Type.get())
+
+
+def _words(x: Any) -> tuple[int, str, int]:
+    """Of a thread's copy: words of 32 bits, their names in its instruction, and bytes from one copy to the next."""
+    count = x.layout.vec_size // 2
+    return count, ", ".join(f"${i}" for i in range(count)), 4 * count * THREADS
+
+
+def _mailbox(addresses: Any, device: Any) -> Any:
+    low, high = (arith.extui(_int(64), _word(addresses, device, half)) for half in range(2))
+    return arith.ori(low, arith.shli(high, _number(32)))
+
+
+def _word(addresses: Any, line: Any, half: int) -> Any:
+    line = _number(line, 32) if isinstance(line, int) else line
+    return memref.load(addresses, [arith.index_cast(ir.IndexType.get(), number) for number in (line, _number(half, 32))])
+
+
+def _plus(address: Any, *terms: tuple[Any, int]) -> Any:
+    """An address, and so many bytes behind it for each of some counts."""
+    for count, size in terms:
+        address = arith.addi(address, arith.muli(arith.extui(_int(64), count), _number(size)))
+    return address
+
+
+def _number(value: int, bits: int = 64) -> Any:
+    return arith.constant(_int(bits), value)
+
+
+def _int(bits: int) -> Any:
+    return ir.IntegerType.get_signless(bits)
+
+
+@contextmanager
+def _when(condition: Any) -> Iterator[None]:
+    with ir.InsertionPoint(scf.IfOp(condition).then_block):
+        yield
+        scf.yield_([])
 
 
 # Until the number at an address has come to a time, which may have passed the largest number there is.
