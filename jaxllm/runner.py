@@ -201,7 +201,9 @@ class Runner:
         """
         self._params = tuple(jax.tree.leaves(nnx.state(decoder)))
         self._cache = make_cache(self.plan, self.model, self._mesh)
-        self._mailboxes = Mailboxes.make(self._mesh, self.model.d_model) if self.plan.mailboxes else None
+        if self.plan.mailboxes:
+            self._mailboxes = Mailboxes.make(self._mesh, self.model.d_model)
+            self._mailboxes.check(self._mesh, self.model.d_model, self.plan.dtype)
         self._inboxes = self._zeros({b: jax.ShapeDtypeStruct((packed_size(b),), jnp.int32) for b in self._steps})
         self._ports = {m: self._zeros(device.Ports.shapes(m, self.model, self.plan)) for m in self._takes}
         self._warm_up()

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
 from jaxllm.parallel import RULES, on_each, sharding, spec
+from jaxllm.request import ConfigError
 from pallas_kernels import ManyRows, Norm, Stream, join_devices
 
 WHOLE = spec(())  # the same on every device
@@ -37,6 +39,26 @@ class Mailboxes:
         shape, place = (mesh.size, join_devices.words(size, mesh.size)), sharding(mesh, ("devices",))
         memory_WX = jax.jit(lambda: jnp.zeros(shape, jnp.int32), out_shardings=place)()
         return cls(memory_WX, jax.device_put(join_devices.addresses(memory_WX), place))
+
+    def check(self, mesh: Mesh, size: int, dtype: str) -> None:
+        """Raises ConfigError unless every device finds there what all put there: numbers that no rounding changes, twice in each place.
+
+        A driver's word that devices reach each other is not enough: what lies between them may lose what they write.
+        """
+
+        def local(h_ND, parts_1ND, norm_D, addresses_1V2):
+            found_ND, _ = join_devices.join(h_ND, parts_1ND, norm_D, addresses_1V2[0], eps=1.0)
+            # The sum that is not ours also has all devices load their kernels before one of them waits for the others.
+            return (found_ND == h_ND + lax.psum(parts_1ND[0], RULES["devices"])).all()[None]
+
+        run, random = jax.jit(on_each(mesh, local, (WHOLE, OWN, WHOLE, OWN), OWN)), np.random.default_rng(0)
+        for _ in range(4):
+            h_ND, parts_WND = (random.integers(-8, 9, (*lead, 8, size)).astype(dtype) for lead in ((), (mesh.size,)))
+            if not np.asarray(run(h_ND, parts_WND, np.ones(size, dtype), self.addresses_WV2)).all():
+                raise ConfigError(
+                    f"{mesh.size} GPUs that should write into each other's memory do not find there what they wrote; "
+                    "start with --disable-custom-all-reduce"
+                )
 
     @staticmethod
     def addresses_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 from attention_oracle import on_gpu
 from engines import make_plan
+from jax import lax
 from test_matmul import decoder_mesh
 
 from jaxllm.config import EngineConfig
 from jaxllm.devices import machine
 from jaxllm.parallel import on_each, sharding
+from jaxllm.request import ConfigError
 from jaxllm.sharded import OWN, WHOLE, Mailboxes
 from pallas_kernels import join_devices
 
@@ -43,6 +45,23 @@ def test_every_device_is_told_all_addresses_and_its_own_number(devices):
 
 def test_a_machine_without_peers_has_no_mailboxes():
     assert not machine(jax.devices()[:2], EngineConfig(model="any", tensor_parallel_size=2)).peers and not make_plan().mailboxes
+
+
+@pytest.mark.parametrize("lost", [0.0, 1.0])
+def test_devices_that_lose_what_is_written_are_found_out(lost, monkeypatch):
+    """Before any step runs: here by sums of XLA's, of which the last device loses a number."""
+
+    def join(h, parts, norm, addresses, *, eps):
+        here = (lax.axis_index("tp") == 1) & (jnp.arange(h.size) == 7)
+        return h + lax.psum(parts[0], "tp") - jnp.where(here, lost, 0.0).reshape(h.shape).astype(h.dtype), h
+
+    monkeypatch.setattr(join_devices, "join", join)
+    mesh, mail = decoder_mesh(2), Mailboxes.make(decoder_mesh(2), 512)
+    if lost:
+        with pytest.raises(ConfigError, match="2 GPUs that should write into each other's memory do not find there what they wrote; start"):
+            mail.check(mesh, 512, "bfloat16")
+    else:
+        mail.check(mesh, 512, "bfloat16")
 
 
 def drawn(rows: int, size: int, parts: int, devices: int, seed: int):
@@ -108,9 +127,13 @@ def test_devices_sum_and_norm_alike(size, parts, devices):
         lines(each)[:] = LAST - 3
     memory = jax.device_put(memory, sharding(mesh, ("devices",)))
     told = jax.device_put(join_devices.addresses(memory), sharding(mesh, ("devices",)))
-    run = jax.jit(on_each(mesh, lambda *args: JOIN(*args[:3], args[3][0]), (WHOLE, OWN, WHOLE, OWN), OWN))
+
+    def local(h, parts, norm, told):
+        return *JOIN(h, parts, norm, told[0]), lax.psum(h[:1, 0], "tp")  # by which XLA has all devices load the kernel before one waits
+
+    run = jax.jit(on_each(mesh, local, (WHOLE, OWN, WHOLE, OWN), OWN))
     for seed, rows in enumerate([64, 1, 256, 64, 64, 8, 64, 256, 1]):
         args = drawn(rows, size, parts, devices, seed)
-        summed, normed = (np.asarray(x, np.float64).reshape(devices, rows, size) for x in run(*args, told))
+        summed, normed = (np.asarray(x, np.float64).reshape(devices, rows, size) for x in run(*args, told)[:2])
         assert (summed == summed[0]).all() and (normed == normed[0]).all()
         check((summed[0], normed[0]), *args, devices)
