@@ -1,6 +1,7 @@
 """What stands between two products on several GPUs. Its kernel writes to addresses on other devices, which no interpreter has: what it
 computes is tested on GPUs alone, beside the compiling ahead of time in test_aot.py."""
 
+from collections import defaultdict
 from functools import partial
 
 import jax
@@ -62,6 +63,58 @@ def test_devices_that_lose_what_is_written_are_found_out(lost, monkeypatch):
             mail.check(mesh, 512, "bfloat16")
     else:
         mail.check(mesh, 512, "bfloat16")
+
+
+class Devices:
+    """What the kernel does with mailboxes, a step of one block at a time: blocks of a kernel in any order, kernels of a device one after
+    another, devices in any order."""
+
+    def __init__(self, devices: int, calls: list[int], places: int):
+        self.calls, self.places = calls, places
+        self.seen = [defaultdict(int) for _ in range(devices)]  # by row and device: the time that it has come to
+        self.read = [defaultdict(int) for _ in range(devices)]
+        self.numbers = [{} for _ in range(devices)]  # by place, device and row
+
+    def block(self, rank: int, call: int, row: int):
+        time, devices = self.read[rank][row] + 1, range(len(self.seen))
+        for device in devices:
+            self.numbers[device][time % self.places, rank, row] = (call, rank)
+            yield True
+        for device in devices:
+            self.seen[device][row, rank] = time
+            yield True
+        while any(self.seen[rank][row, device] < time for device in devices):
+            yield False
+        for device in devices:
+            assert self.numbers[rank][time % self.places, device, row] == (call, device), "another call's number"
+            yield True
+        self.read[rank][row] = time
+
+    def run(self, random: np.random.Generator) -> None:
+        """Every device's calls, of some rows each. Raises AssertionError if a number is read that is not the one that was meant."""
+        due = [list(enumerate(self.calls)) for _ in self.seen]
+        blocks: list[list] = [[] for _ in self.seen]
+        while any(due) or any(blocks):
+            rank = int(random.choice([r for r in range(len(due)) if due[r] or blocks[r]]))
+            if not blocks[rank]:
+                call, rows = due[rank].pop(0)
+                blocks[rank] = [self.block(rank, call, row) for row in range(rows)]
+            for _ in range(random.integers(1, 30)):  # one device may be far ahead of another
+                if blocks[rank] and next(block := blocks[rank][random.integers(len(blocks[rank]))], None) is None:
+                    blocks[rank].remove(block)
+
+
+@pytest.mark.parametrize(("devices", "places"), [(2, 2), (3, 2), (2, 1)])
+def test_two_places_are_enough_and_one_is_not(devices, places):
+    """Whatever order blocks and devices run in, and however many rows a call has."""
+    failed = 0
+    for seed in range(200):
+        random = np.random.default_rng(seed)
+        try:
+            Devices(devices, random.integers(1, 4, 8).tolist(), places).run(random)
+        except AssertionError:
+            failed += 1
+    assert (failed > 0) is (places == 1), f"{failed} of 200 orders"
 
 
 def drawn(rows: int, size: int, parts: int, devices: int, seed: int):
