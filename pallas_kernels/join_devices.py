@@ -29,14 +29,16 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import arith, memref, scf, vector
 from jaxlib.mlir.dialects import gpu
 
-ROWS = 256  # of a mailbox: so many blocks run at once on any Hopper, and a block waits for what others write
+# Of a mailbox, and numbers of a call and of a row: so many blocks run at once on any Hopper, also of rows that take twice the registers,
+# without spilling any. A block waits for what others write, who must not wait for its place.
+ROWS, MOST, LONGEST = 256, 2**20, 8192
 LINE = 128  # bytes of a row's numbers in a mailbox: how often each device has written the row, and, last, how often this one has read it
 THREADS = 128  # of a block
 
 
 def fits(rows: int, size: int, dtype: Any) -> bool:
     """Can rows of this model be summed by mailboxes?"""
-    return rows <= ROWS and size % (4 * THREADS) == 0 and jnp.dtype(dtype).itemsize == 2
+    return rows <= ROWS and rows * size <= MOST and size <= LONGEST and size % (4 * THREADS) == 0 and jnp.dtype(dtype).itemsize == 2
 
 
 def words(size: int, devices: int) -> int:

@@ -3,7 +3,8 @@
     JAX_PLATFORMS=cpu python tests/aot_compile.py h200 JOB...
 
 It prints a JSON object: for each job its error, or what the compiler made of it. Jobs are an implementation's named case ("sm90:prefill"),
-a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a whole step with an implementation, a dtype of
+a product of a decode step by its rows, features and inputs ("linear:256:4864:896:gated"), a sum over devices by their number, its size and
+its parts ("join:4:8192:2"), a whole step with an implementation, a dtype of
 pages and chunk lanes ("step:sm90:bfloat16:256"; without lanes it only decodes), one of a row ("row:portable"), one that is repeated
 ("again:portable"), a step of the 8B's shape by its devices, rows and chunk lanes ("8b:2:64:0"), of devices that do not reach each other
 ("8b:2:64:0:alone"), and two planted mistakes: "kept:portable", a step that may not write where its cache lies, and "spill", a kernel with
@@ -40,7 +41,7 @@ from jaxllm.plan import Bucket, Plan
 from jaxllm.programs import OPTIONS, step_options
 from jaxllm.sample import FLOATS, INTS
 from jaxllm.step import Ports, model_step, ours
-from pallas_kernels import blocks, matmul_sm90, matmul_sm90_wide
+from pallas_kernels import blocks, join_devices, matmul_sm90, matmul_sm90_wide
 from pallas_kernels.matmul import Product, many_rows_tile
 from pallas_kernels.shapes import CORRECT
 
@@ -170,6 +171,13 @@ def linear(target: Target, rows: int, features: int, inputs: int, gated: bool) -
     return {"thunks": target.compile(partial(matmul_sm90.linear, tile=tile, act=act), x, weight)[1]}
 
 
+def sum_over(target: Target, devices: int, size: int, parts: int) -> dict[str, Any]:
+    """One device's part in it; the text of its thunks."""
+    h, norm = Shape((64, size), jnp.bfloat16), Shape((size,), jnp.bfloat16)
+    args = h, Shape((parts, *h.shape), jnp.float32), norm, Shape((devices + 1, 2), jnp.int32)
+    return {"thunks": target.compile(partial(join_devices.join, eps=1e-5), *args)[1]}
+
+
 def spill(target: Target) -> dict[str, Any]:
     """A tile of far too many lines for its one warp."""
     with patch.object(blocks, "default_prefill", lambda head_dim, dtype: blocks.Prefill(128, 64, 1, 2)):
@@ -186,6 +194,8 @@ def job(target: Target, name: str) -> dict[str, Any]:
         if kind == "linear":
             rows, features, inputs, *gated = rest.split(":")
             return linear(target, int(rows), int(features), int(inputs), bool(gated))
+        if kind == "join":
+            return sum_over(target, *map(int, rest.split(":")))
         if kind == "row":
             return step(target, rest, rows=1)
         if kind == "again":

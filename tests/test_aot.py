@@ -32,6 +32,7 @@ JOBS = {
         *("sm90:prefill", "sm90:mixed", "portable:sinks", "portable:fp8", "portable:decode_page_16", "portable:head_dim_8"),
         *("sm90:prefill_group_1", "sm90:prefill_group_3"),
         *("linear:8:14336:4096:gated", "linear:64:4096:14336", "linear:256:14336:4096:gated", "linear:256:2560:2048"),
+        *("join:4:8192:2", "join:8:3584:1"),
         *("linear:9216:14336:4096:gated", "linear:9000:4096:14336"),
         *("linear:1024:1152:896", "linear:1024:896:4864", "linear:1024:2560:2048", "linear:1024:11008:2048:gated"),
         *("step:sm90", "step:sm90:bfloat16:256", "step:portable:float8_e4m3fn", "row:portable", "again:portable", "kept:portable", "spill"),
@@ -153,6 +154,10 @@ def test_a_cache_that_is_copied_is_caught():
 def test_devices_gather_logits_and_no_weights(target, job):
     rows = job.split(":")[2]
     assert result(target, job)["gathered"] in ([f"f32[{rows},128256]"], ["f32[128256]"])
+
+
+def test_a_sum_over_devices_spills_nothing():
+    assert _spilled("join:4:8192:2") == _spilled("join:8:3584:1") == []
 
 
 @pytest.mark.parametrize(("job", "sums"), [("8b:2:64:0", 1), ("8b:4:64:0", 1), ("8b:2:1:0", 1), ("8b:2:64:0:alone", 5)])
