@@ -6,7 +6,7 @@ behind o and down, the turn and write behind QKV. What computes something else i
 
 import itertools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from functools import partial
@@ -63,17 +63,21 @@ def many_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTi
     return list(found.values())
 
 
-def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
-    """The fastest tile of one row, as the tuning file has it."""
-    used = one_row_tile(kind, product)
-    call, tiles = Call.draw(product, name, 1), list(dict.fromkeys([used, *candidates(product)]))
-
+def right(call: Call, tiles: Sequence[AnyTile], what: str) -> list[Callable]:
+    """The call's product by each of these tiles, compiled. Raises SystemExit if some compute something else."""
     with ThreadPoolExecutor() as pool:
         runs = list(pool.map(lambda tile: compiled(call, partial(calls.ours, tile, call.act)), tiles))
     meant = call.meant()
     if wrong := [t for t, run in zip(tiles, runs, strict=True) if not apart(run(call.x, call.weights[0], call.around), meant) < RIGHT]:
-        raise SystemExit(f"{product}: these tiles compute something else: {wrong}")
-    times = calls.timed(runs, call)
+        raise SystemExit(f"{what}: these tiles compute something else: {wrong}")
+    return runs
+
+
+def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
+    """The fastest tile of one row, as the tuning file has it."""
+    used = one_row_tile(kind, product)
+    call, tiles = Call.draw(product, name, 1), list(dict.fromkeys([used, *candidates(product)]))
+    times = calls.timed(right(call, tiles, str(product)), call)
     order = sorted(range(len(tiles)), key=lambda i: times[i])
     reading = 1e6 * Call.bytes(product) / MACHINES[kind].read
     print(f"{name:8} {product}: in use {astuple(used)} {times[0]:.2f} us; reading {reading:.2f}; tried:")
@@ -160,18 +164,9 @@ def time_widths(kind: str, name: str, product: Product, rows: int, cores: int) -
     if not isinstance(used, matmul_sm90_wide.Tile):
         raise SystemExit(f"{product}, {rows} rows: no tile of {matmul_sm90_wide.__name__} fits")
     tiles = [replace(used, features=width) for width in matmul_sm90_wide.widths(product.gated)]
-
-    def plain(x, weight, around):
-        return jnp.einsum("nd,fd->nf", x, weight)
-
-    with ThreadPoolExecutor() as pool:
-        xla, *runs = pool.map(partial(compiled, call), [plain, *(partial(calls.ours, tile, call.act) for tile in tiles)])
-    meant = call.meant()
-    if wrong := [t for t, run in zip(tiles, runs, strict=True) if not apart(run(call.x, call.weights[0], call.around), meant) < RIGHT]:
-        raise SystemExit(f"{product}, {rows} rows: these tiles compute something else: {wrong}")
-    turns = product.inputs // matmul_sm90_wide.INPUTS
+    turns, xla = product.inputs // matmul_sm90_wide.INPUTS, compiled(call, lambda x, weight, around: jnp.einsum("nd,fd->nf", x, weight))
     clocks = [turns * matmul_sm90_wide.clocks(rows, product.features, product.gated, cores, tile) for tile in tiles]
-    times, others = calls.timed(runs, call), calls.timed([xla], call)[0]
+    times, others = calls.timed(right(call, tiles, f"{product}, {rows} rows"), call), calls.timed([xla], call)[0]
     tried = ", ".join(f"{tile.features} {us:.2f} ({count:.0f})" for tile, us, count in zip(tiles, times, clocks, strict=True))
     print(f"{rows:4} {name:8} {product}: XLA {others:.2f} us; in use {used.features}; tried (clocks): {tried}", flush=True)
 

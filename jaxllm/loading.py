@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from jaxllm.plan import Plan, choose_dtype, dtype_bytes, make_plan
 from jaxllm.request import ConfigError
 from jaxllm.runner import Runner
 from jaxllm.source import as_config_error, default_params, eos_ids, load_tokenizer, open_model, refuse_remote_code
-from jaxllm.step import skips_padding
+from jaxllm.step import skips_padding, sums_by_mailboxes
 from jaxllm.text import Tokenizer
 from jaxllm.weights import Once, RandomWeights, Weights, WeightShapes, loading_bar
 from pallas_kernels import WIDE_ROWS, capability_of, implementation_for
@@ -69,6 +69,7 @@ def load_engine_parts(config: EngineConfig, patch: Patch | None = None) -> Loade
         log.warning("mixture of experts: every expert runs for every token for now, so steps are slow")
     implementation = choose_attention(config, plan, model, devices[0])
     shapes = Decoder(WeightShapes(tensor_shapes(model), mesh, plan.dtype), model)
+    plan = replace(plan, mailboxes=sums_by_mailboxes(shapes, plan, mesh, implementation, patch))
     if skips_padding(shapes, plan, mesh, implementation, patch):
         plan = plan.without_padding(WIDE_ROWS)
     log.info("%s on %s (%s attention): %s", config.model or "default model", devices[0].device_kind, implementation, plan)

@@ -168,15 +168,8 @@ def make_plan(
         streamed_chunk=config.max_num_batched_tokens or _paced(chunks, weight_bytes),
         kv_dtype=kv_dtype,
         step_bytes=None if machine.memory is None else step_bytes,
-        mailboxes=_mailboxes(config, model, machine),
+        mailboxes=machine.peers and config.tensor_parallel_size > 1 and not config.disable_custom_all_reduce,
     )
-
-
-def _mailboxes(config: EngineConfig, model: ModelConfig, machine: Machine) -> bool:
-    """Where the vocabulary is divided, every step has a sum of XLA's, before which all devices load their kernels. Without, one that waits
-    for another's could keep it from loading that."""
-    divided = config.tensor_parallel_size > 1 and model.vocab_size % config.tensor_parallel_size == 0
-    return divided and machine.peers and not config.disable_custom_all_reduce
 
 
 def choose_dtype(asked: str, checkpoint: str) -> str:

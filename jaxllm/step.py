@@ -218,6 +218,18 @@ def ours(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, bucket: 
     return each is not None and each.covers(bucket.rows + bucket.chunk, products)
 
 
+def sums_by_mailboxes(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, patch: Patch | None = None) -> bool:
+    """Does any of this plan's steps, if it may?
+
+    Where the vocabulary is divided, each has a sum of XLA's too, before which all devices load their kernels. Without, a kernel that waits
+    for another device's could keep that device from loading it.
+    """
+    step = min(plan.buckets)
+    linears = _linears(decoder, plan, mesh, implementation, step) if patch is None else None
+    fits = join_devices.fits(step.rows + step.chunk, decoder.c.d_model, plan.dtype)
+    return plan.mailboxes and isinstance(linears, ShardedLinears) and fits and decoder.c.vocab_size % mesh.size == 0
+
+
 def skips_padding(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, patch: Patch | None = None) -> bool:
     """Do this plan's steps of `WIDE_ROWS` lanes and more leave out those that hold no token?"""
     return mesh.size == 1 and ours(decoder, plan, mesh, implementation, plan.largest, patch)

@@ -65,9 +65,12 @@ def join(h_ND: Array, parts_PND: Array, norm_D: Array, addresses_V2: Array, *, e
     """(h + the sum of all devices' parts, that over its root mean square times (norm + offset)), both of h's dtype, the same everywhere.
 
     On each device: parts_PND are its own, addresses_V2 its line of `addresses`. A device's sum is rounded to h's dtype before it is sent.
-    All devices must run it, in the same order; it waits for those that have not come to it. Shapes as `fits` says.
+    All devices must run it, in the same order; it waits for those that have not come to it. Raises ValueError unless the shape `fits`.
     """
     rows, size = h_ND.shape
+    if not fits(rows, size, h_ND.dtype):
+        wanted = f"up to {ROWS} rows of 16-bit numbers, a multiple of {4 * THREADS} up to {LONGEST} in each and {MOST:,} in all"
+        raise ValueError(f"devices sum {wanted}, not {h_ND.dtype}{h_ND.shape}")
     options = _Options(len(addresses_V2) - 1, size, eps, offset)
     out = jax.ShapeDtypeStruct(h_ND.shape, h_ND.dtype)
     made = plgpu.kernel(
@@ -139,8 +142,8 @@ def _exchange(options: _Options, context: Any, own: Any, addresses: Any) -> Any:
         _put(own, place(box, rank))
     utils.warpgroup_barrier()  # all threads' numbers are written before one says so
     with _when(arith.cmpi(arith.CmpIPredicate.ult, thread, _number(options.devices, 32))):
-        told = _plus(_mailbox(addresses, thread), (row, LINE), (rank, 4))
-        utils.inline_ptx("st.release.sys.global.b32 [$0], $1;", told, time, has_side_effects=True)
+        theirs = _plus(_mailbox(addresses, thread), (row, LINE), (rank, 4))
+        utils.inline_ptx("st.release.sys.global.b32 [$0], $1;", theirs, time, has_side_effects=True)
         utils.inline_ptx(_AWAIT, _plus(line, (thread, 4)), time, has_side_effects=True)
     utils.warpgroup_barrier()
     total = _take(own, place(mine, _number(0, 32)))

@@ -3,6 +3,7 @@ computes is tested on GPUs alone, beside the compiling ahead of time in test_aot
 
 from collections import defaultdict
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,14 +12,20 @@ import pytest
 from attention_oracle import on_gpu
 from engines import make_plan
 from jax import lax
-from test_matmul import decoder_mesh
+from test_matmul import COMMON, MODELS, SIZES, decoder_mesh
 
+from converters.checkpoint import read_config, tensor_shapes
+from jaxllm import step
 from jaxllm.config import EngineConfig
+from jaxllm.decoder import Decoder
 from jaxllm.devices import machine
 from jaxllm.parallel import on_each, sharding
+from jaxllm.patch import Patch
+from jaxllm.plan import Bucket
 from jaxllm.request import ConfigError
 from jaxllm.sharded import OWN, WHOLE, Mailboxes
-from pallas_kernels import join_devices
+from jaxllm.weights import WeightShapes
+from pallas_kernels import ManyRows, join_devices
 
 several = pytest.mark.skipif(not on_gpu() or len(jax.devices()) < 2, reason="no two NVIDIA GPUs here")
 
@@ -33,6 +40,11 @@ several = pytest.mark.skipif(not on_gpu() or len(jax.devices()) < 2, reason="no 
 )  # fmt: skip
 def test_which_sums_mailboxes_are_for(rows, size, dtype, fit):
     assert join_devices.fits(rows, size, dtype) is fit
+    if not fit:
+        with pytest.raises(ValueError, match=rf"devices sum up to 256 rows .*, not {dtype}\({rows}, {size}\)"):
+            join_devices.join(
+                *(jnp.zeros(s, dtype) for s in ((rows, size), (1, rows, size), (size,))), jnp.zeros((3, 2), jnp.int32), eps=1.0
+            )
 
 
 @pytest.mark.parametrize("devices", [2, 4])
@@ -46,7 +58,33 @@ def test_every_device_is_told_all_addresses_and_its_own_number(devices):
 
 
 def test_a_machine_without_peers_has_no_mailboxes():
-    assert not machine(jax.devices()[:2], EngineConfig(model="any", tensor_parallel_size=2)).peers and not make_plan().mailboxes
+    assert not machine(jax.devices("cpu")[:2], EngineConfig(model="any", tensor_parallel_size=2)).peers
+
+
+OTHERWISE: dict[str, dict[str, Any]] = {
+    "another size": dict(model=dict(hidden_size=384, head_dim=96)),
+    "a vocabulary that two do not divide": dict(model=dict(vocab_size=63)),
+    "32 bits": dict(plan=dict(dtype="float32")),
+    "fp8 pages": dict(plan=dict(kv_dtype="float8_e4m3fn")),
+    "not allowed": dict(plan=dict(mailboxes=False)),
+    "many rows alone": dict(plan=dict(buckets=(Bucket(0, 512),))),
+    "another GPU": dict(linears=None),
+    "the reference": dict(implementation="reference"),
+    "a patch": dict(patch=Patch(lambda layer, site, value_D, data: value_D, {}, [(0, "resid_post")])),
+}
+
+
+@pytest.mark.parametrize("name", ["", *OTHERWISE])
+def test_which_plans_have_mailboxes(name, monkeypatch):
+    """Those whose steps use them: nobody else makes any, nor tries them at a start."""
+    changed = OTHERWISE.get(name, {})
+    sizes = dict(hidden_size=512, head_dim=128) | changed.get("model", {})
+    model = read_config(SIZES | COMMON | MODELS["qwen2"] | sizes)
+    plan = make_plan(**(dict(dtype="bfloat16", buckets=(Bucket(0, 8),), tensor_parallel_size=2, mailboxes=True) | changed.get("plan", {})))
+    monkeypatch.setattr(step, "linears_for", lambda *args, **how: changed.get("linears", ManyRows("made up", 132)))
+    decoder = Decoder(WeightShapes(tensor_shapes(model), decoder_mesh(2), plan.dtype), model)
+    found = step.sums_by_mailboxes(decoder, plan, decoder_mesh(2), changed.get("implementation", "sm90"), changed.get("patch"))
+    assert found is (not name)
 
 
 @pytest.mark.parametrize("lost", [0.0, 1.0])
