@@ -18,6 +18,8 @@ import numpy as np
 
 from bench.profile import spans
 from bench.workloads import SHAPES, Shape
+from jaxllm.plan import Bucket
+from jaxllm.programs import product_options
 from pallas_kernels.matmul import Product
 from pallas_kernels.matmul_one_row import Tile, linear
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
@@ -52,7 +54,7 @@ class Call:
     product: Product
     weights: list[jax.Array]
     x: jax.Array
-    around: dict[str, jax.Array]  # a norm before, or a residual behind
+    around: dict[str, jax.Array]  # a norm before, or a residual behind; of more than one row, `work.live`
 
     @classmethod
     def draw(cls, product: Product, name: str, rows: int) -> "Call":
@@ -61,7 +63,7 @@ class Call:
         weights = [jax.random.normal(jax.random.fold_in(key, i), size, jnp.bfloat16) * product.inputs**-0.5 for i in range(copies)]
         x = jax.random.normal(jax.random.fold_in(key, 100), (rows, product.inputs), jnp.bfloat16)
         if rows > 1:
-            return cls(product, weights, x, {})
+            return cls(product, weights, x, {"live_3": jnp.full(3, rows, jnp.int32)})
         if name in ("qkv", "gate_up"):
             return cls(product, weights, x, {"norm_D": 1 + jax.random.normal(key, (product.inputs,), jnp.bfloat16) / 8})
         return cls(product, weights, x, {"residual_1F": jax.random.normal(key, (1, product.features), jnp.bfloat16)})
@@ -90,7 +92,7 @@ def ours(tile: AnyTile, act, x, weight, around):
     if isinstance(tile, Tile):
         return linear(x, weight, tile=tile, act=act, eps=1e-6, **around)
     if isinstance(tile, WideTile):
-        return wide_linear(x, weight, jnp.full(3, len(x), jnp.int32), tile=tile, act=act, workers=jax.devices()[0].core_count)
+        return wide_linear(x, weight, around["live_3"], tile=tile, act=act, workers=jax.devices()[0].core_count)
     return many_rows_linear(x, weight, tile=tile, act=act)
 
 
@@ -131,4 +133,6 @@ def timed(calls: Sequence[Callable], call: Call) -> list[float]:
 
 
 def compiled(call: Call, run: Callable) -> Callable:
-    return jax.jit(run).lower(call.x, call.weights[0], call.around).compile()
+    """With the options of a step of so many rows: XLA's kernel for a product is then the one that it takes there."""
+    options = product_options(Bucket(0, len(call.x)), jax.devices()[0], ours=False)
+    return jax.jit(run, compiler_options=options).lower(call.x, call.weights[0], call.around).compile()

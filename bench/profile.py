@@ -241,7 +241,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     command = record.command("jaxllm bench profile", argv, args.model, args.json, args.results)
     if args.workload == "decode":
-        needed = RAMP + 2 * args.steps + 8
+        needed = RAMP + 2 * args.steps + 8 + args.batch  # while prompts are computed, one at least in a step, the first rows decode
         prompts, outputs = [args.input_len] * args.batch, [needed] * args.batch
     else:
         prompts, outputs = (lengths.tolist() for lengths in workloads.mix_lengths())

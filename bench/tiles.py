@@ -26,11 +26,13 @@ from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
 from pallas_kernels.matmul_join import join
 from pallas_kernels.matmul_one_row import Tile
-from pallas_kernels.matmul_sm90 import LINES, stages
+from pallas_kernels.matmul_sm90 import LINES, ROWS, stages
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
+from pallas_kernels.matmul_sm90_wide import Tile as WideTile
 
 WIDEST = 2**15  # weights of a turn: what registers hold
-MANY = (8, 64, 128, 256)  # rows that the tuning file has tiles for, beside one
+SUMS = 384  # features of a warpgroup's runs of rows together: half as many registers of each thread
+MANY = (8, 64, 128, 256, 384, 512)  # rows that the tuning file has tiles for, beside one
 FASTER = 0.98  # of another's time: a smaller gain is noise, and no reason to change a tile or to leave a product to XLA
 CANDIDATES = [
     Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
@@ -48,7 +50,24 @@ def candidates(product: Product) -> list[Tile]:
     return list(dict.fromkeys(t for t in fitting if not t.ahead or t.inputs < product.inputs))
 
 
-def many_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTile]:
+def many_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTile | WideTile]:
+    """Tiles of up to 256 rows, and from there on of the kernel for hundreds of them, if it can take the product."""
+    wide = matmul_sm90_wide.fits(rows, product.features, product.inputs)
+    few = few_rows_candidates(product, rows, cores) if rows <= max(ROWS) else []
+    return [*few, *(wide_candidates(product, rows, cores) if wide and rows >= max(ROWS) else [])]
+
+
+def wide_candidates(product: Product, rows: int, cores: int) -> list[WideTile]:
+    """Of blocks for themselves and of pairs, the three widths that should take the fewest clocks."""
+
+    def clocks(tile: WideTile) -> float:
+        return matmul_sm90_wide.clocks(rows, product.features, product.gated, cores, tile)
+
+    each = [[WideTile(cluster, width) for width in matmul_sm90_wide.widths(product.gated)] for cluster in (1, 2)]
+    return [tile for tiles in each for tile in sorted(tiles, key=clocks)[:3]]
+
+
+def few_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTile]:
     """For each way to split the inputs and to share the copies of x, the tile whose blocks fill the multiprocessors best, in one wave."""
     lines, halves, found = max(1, rows // (2 * LINES)), 1 + product.gated, {}
     for features, inputs, parts, cluster in itertools.product(range(24, 136, 8), (64, 128), (1, 2, 4, 7), (1, 2, 4)):
@@ -56,7 +75,7 @@ def many_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTi
         blocks = -(-product.features // (features * cluster)) * cluster * parts
         # Other clusters gained nothing; wider turns leave too few of them in shared memory.
         usual = cluster == 1 if rows < LINES else cluster > 1 if rows <= 2 * LINES else cluster < 4 and (inputs == 64 or wide <= LINES)
-        fits = product.inputs % (inputs * parts) == 0 and wide * lines <= 256 and not (product.gated and parts > 1)
+        fits = product.inputs % (inputs * parts) == 0 and wide * lines <= SUMS and not (product.gated and parts > 1)
         held = usual and fits and stages(rows, product.inputs, tile, halves=halves, itemsize=2) >= min(3, turns)
         if held and cores / 2 <= blocks <= cores:
             found.setdefault((inputs, parts, cluster), tile)
@@ -125,14 +144,15 @@ def tune_many(kind: str, model: str, name: str, product: Product, rows: int, cor
     """The fastest tile of so many rows as the tuning file has it, its reader considered; None if XLA is faster by more than noise."""
     used = many_rows_tile(kind, rows, product, cores=cores, trial=True)
     plain, reader = Call.draw(product, name, rows), Reader.of(name, model, devices)
-    call = replace(plain, around=reader.draw(rows))
+    call = replace(plain, around=plain.around | reader.draw(rows))
     in_use: list[AnyTile] = [] if used is None else [used]
     tiles = list(dict.fromkeys([*in_use, *many_rows_candidates(product, rows, cores)]))
 
     def run_of(tile: AnyTile | None) -> Callable:
         def run(x, weight, around):
             if tile is not None:
-                return reader(calls.ours(tile, call.act, x, weight, {}), around)
+                made = calls.ours(tile, call.act, x, weight, around)
+                return reader(made if made.ndim == 3 else made[None], around)  # hundreds of rows leave one part
             y = jnp.einsum("nd,fd->nf", x, weight)
             if call.act is not None:
                 gate, up = jnp.split(y, 2, axis=1)
@@ -181,6 +201,7 @@ def write(kind: str, rows: list[dict[str, Any]], folder: Path, tried: Iterable[t
     """Puts rows into the device's tuning file, in place of those of the same rows and product, or of products that were tried so."""
     path = folder / file_name(kind)
     head = {"device": kind, "tile": "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks"}
+    head["wide"] = "a tile of two numbers: cluster, features"
     head["compared"] = "with float32 or more on a GPU; no engine takes the others"
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []
 

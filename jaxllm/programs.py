@@ -100,11 +100,16 @@ class RowState:
 
 def step_options(bucket: Bucket, plan: Plan, device: Any, ours: bool) -> dict[str, Any]:
     """XLA's options for a step on such devices, beside those for everything. ours: see `step.ours`."""
-    many = bucket.rows + bucket.chunk >= UNTRIED_ROWS and getattr(device, "compute_capability", None) == "9.0"
-    products = UNTRIED if ours or many else LARGE if bucket.chunk else {}
+    products = product_options(bucket, device, ours)
     if bucket.chunk:
         return products
     return products | (REPEATED if plan.decode_steps > 1 else {}) | (SHARDED if plan.tensor_parallel_size > 1 else {})
+
+
+def product_options(bucket: Bucket, device: Any, ours: bool) -> dict[str, Any]:
+    """Those of them that say how XLA comes by the kernels of a step's products."""
+    many = bucket.rows + bucket.chunk >= UNTRIED_ROWS and getattr(device, "compute_capability", None) == "9.0"
+    return UNTRIED if ours or many else LARGE if bucket.chunk else {}
 
 
 def programs(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str, patch: Patch | None = None) -> list[Program]:

@@ -27,7 +27,7 @@ from pallas_kernels.matmul_sm90 import LINES, SHARED, TILED
 GROUPS = 2  # warpgroups that multiply, LINES rows each
 ROWS = GROUPS * LINES  # of a tile
 WIDE = 256  # features of the widest tile: wgmma's
-STEP = 32  # features that are copied out at a time, at the least: tiles are a multiple
+STEP = 32  # of a tile's features, of both halves: the narrowest it may be wider by
 COPIED = 64  # at the most: products are a multiple
 INPUTS = 64  # of a turn
 COLD = 2000  # clocks until a stage has weights from the device's memory: by 1,024 rows of 0.5B's down, 76 turns of 64 features in 29 us
@@ -45,7 +45,12 @@ class Tile:
 
 def widths(gated: bool) -> list[int]:
     """How wide a tile may be, the widest first."""
-    return list(range(WIDE, LINES - 1, -STEP * (1 + gated)))
+    return list(range(WIDE, LINES - 1, -STEP))
+
+
+def fits(rows: int, features: int, inputs: int) -> bool:
+    """Can the kernel take so many rows of this product? Copies go by eight rows, and by 64 features and inputs."""
+    return rows % 8 == 0 and features % COPIED == 0 and inputs % INPUTS == 0
 
 
 def tile_for(rows: int, features: int, gated: bool, workers: int) -> Tile:
@@ -79,8 +84,8 @@ def _turn(features: int) -> int:
 
 
 def _copied(wide: int, itemsize: int) -> int:
-    """Features that are copied out at a time: 128 bytes of a row if a tile is some times so many, else 64."""
-    return (128 if wide * itemsize % 128 == 0 else 64) // itemsize
+    """Features that are copied out at a time: 128 bytes of a row if a tile is some times so many, else 64 or 32."""
+    return next(size for size in (128, 64, 32) if wide * itemsize % size == 0) // itemsize
 
 
 def _cuts(wide: int, copied: int) -> list[int]:

@@ -16,6 +16,7 @@ from pallas_kernels.matmul_one_row import Tile, linear
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90 import linear as many_rows
 from pallas_kernels.matmul_sm90 import stages
+from pallas_kernels.matmul_sm90_wide import Tile as WideTile
 
 SMALL = Product(24, 96, True)
 
@@ -87,13 +88,26 @@ def test_what_is_in_use_is_compared_and_then_timed_beside_xlas(rows, untimed, mo
 
 
 @pytest.mark.parametrize("product", [p for model in linears.MODELS for p in calls.products(model).values()], ids=str)
-@pytest.mark.parametrize("rows", tiles.MANY)
-def test_every_tile_of_many_rows_is_one_wave_of_whole_turns(product, rows):
-    for tile in tiles.many_rows_candidates(product, rows, 132):
+@pytest.mark.parametrize("rows", [rows for rows in tiles.MANY if rows <= 256])
+def test_every_tile_of_few_rows_is_one_wave_of_whole_turns(product, rows):
+    found = tiles.few_rows_candidates(product, rows, 132)
+    assert found == tiles.many_rows_candidates(product, rows, 132)[: len(found)]
+    for tile in found:
         blocks = -(-product.features // (tile.features * tile.cluster)) * tile.cluster * tile.parts
         assert 66 <= blocks <= 132 and product.inputs % (tile.inputs * tile.parts) == 0 and not (product.gated and tile.parts > 1)
         turns = product.inputs // (tile.inputs * tile.parts)
         assert stages(rows, product.inputs, tile, halves=1 + product.gated, itemsize=2) >= min(2, turns)
+
+
+def test_hundreds_of_rows_have_wide_tiles_to_try():
+    """The narrow ones as well where both kernels can, and none where the product is not of whole copies."""
+    product = calls.products("llama-3.1-8b")["o"]
+    found = {rows: [type(tile) for tile in tiles.many_rows_candidates(product, rows, 132)] for rows in tiles.MANY}
+    assert {rows: WideTile in kinds for rows, kinds in found.items()} == {rows: rows >= 256 for rows in tiles.MANY}
+    assert {rows: ManyTile in kinds for rows, kinds in found.items()} == {rows: rows <= 256 for rows in tiles.MANY}
+    gated = calls.products("llama-3.1-8b")["gate_up"]
+    assert WideTile(2, 224) in tiles.many_rows_candidates(gated, 256, 132), "two whole waves of 66 pairs, but for four"
+    assert tiles.many_rows_candidates(Product(4090, 4096), 512, 132) == []
 
 
 @pytest.fixture
@@ -146,7 +160,7 @@ def test_every_width_is_compared_and_then_timed_beside_xlas(monkeypatch, capsys)
 
 def test_rows_that_have_no_tiles_are_refused(monkeypatch):
     monkeypatch.setattr(linears.jax, "devices", lambda: [SimpleNamespace(platform="gpu", device_kind="NVIDIA H200", core_count=132)])
-    with pytest.raises(SystemExit, match="--tune finds tiles for 1, 8, 64, 128, 256 rows, and --rows asks for 16, 32"):
+    with pytest.raises(SystemExit, match="--tune finds tiles for 1, 8, 64, 128, 256, 384, 512 rows, and --rows asks for 16, 32"):
         linears.main(["--tune", "--rows", "8", "32", "16"])
     with pytest.raises(SystemExit, match="--widths is for 768 rows and more, and --rows asks for 512"):
         linears.main(["--widths", "--rows", "1024", "512"])

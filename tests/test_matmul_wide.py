@@ -52,6 +52,8 @@ CASES = {  # rows, features, gated, the filled lanes, blocks, blocks in a cluste
     "224 wide, clusters": (300, 448, False, None, 2, 2, 224),
     "gated, 96 of each": (256, 320, True, None, 3, 1, 192),
     "gated, 96 of each, clusters, a prompt alone": (512, 192, True, (0, 64, 65), 4, 2, 192),
+    "gated, 112 of each, clusters, copied by sixteen": (256, 448, True, None, 4, 2, 224),
+    "gated, 112 of each, the last one ragged": (256, 192, True, None, 4, 1, 224),
     "gated, 64 of each, too narrow to be cut": (300, 192, True, None, 8, 2, 128),
     "gated, 32 of each": (300, 64, True, None, 4, 1, 64),
 }
@@ -141,7 +143,7 @@ def test_live_lanes_are_those_that_some_row_owns(seed):
 def test_hundreds_of_rows_are_multiplied_so_on_hopper():
     """Whatever the product, if the copies' rows are as long as the kernel wants them."""
     rows = Rows(jnp.zeros((1024, 1), jnp.int32), *(jnp.zeros(1024, jnp.int32) for _ in range(3)))
-    for lanes_, wide in ((512, False), (9216, True)):
+    for lanes_, wide in ((704, False), (9216, True)):
         run = linears_for(gpu("9.0"), lanes_, "bfloat16", owners=rows)
         assert isinstance(run, ManyRows) and (run.live_3 is not None) is wide
         tile = partial(many_rows_tile, run.kind, cores=132)
@@ -152,9 +154,9 @@ def test_hundreds_of_rows_are_multiplied_so_on_hopper():
 
 
 WIDTHS = {  # lanes: QKV, o, gate and up, down
-    "qwen2.5-3b": {1024: (160, 128, 192, 128), 2304: (256, 160, 256, 160), 9216: (256, 256, 256, 256)},
-    "qwen2.5-0.5b": {1024: (96, 128, 256, 128), 2304: (192, 128, 192, 128), 9216: (128, 128, 256, 128)},
-    "llama-3.1-8b": {1024: (256, 256, 256, 256), 2304: (256, 192, 256, 192), 9216: (256, 256, 256, 256)},
+    "qwen2.5-3b": {1024: (160, 128, 224, 128), 2304: (256, 160, 256, 160), 9216: (256, 256, 256, 256)},
+    "qwen2.5-0.5b": {1024: (96, 128, 256, 128), 2304: (192, 128, 224, 128), 9216: (128, 128, 256, 128)},
+    "llama-3.1-8b": {768: (160, 192, 224, 192), 1024: (256, 256, 256, 256), 2304: (256, 192, 256, 192), 9216: (256, 256, 256, 256)},
 }
 
 
