@@ -7,16 +7,6 @@ HF_HUB_OFFLINE are huggingface_hub's own; a repository that is already in the ca
 import os
 from pathlib import Path
 
-from huggingface_hub import constants, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-
 SMALL = ("*.json", "*.model", "*.txt", "*.jinja")  # configs, index, tokenizers (sentencepiece; vocab and merges), chat templates
 SAFETENSORS = ("*.safetensors",)
 PYTORCH = ("pytorch_model*.bin",)
@@ -50,6 +40,17 @@ def fetch(
 
 
 def _snapshot(model: str, revision: str | None, download_dir: str | Path | None, weights: tuple[str, ...]) -> Path:
+    # Here, because a start from a folder needs none of it, and importing it takes 0.17 s.
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
     endpoint = os.environ.get("HF_ENDPOINT") or constants.ENDPOINT
     at = f"{model}, revision {revision}," if revision else model
     try:
