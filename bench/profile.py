@@ -3,8 +3,9 @@
     jaxllm bench profile --model qwen2.5-0.5b --load-format dummy --batch 8
     jaxllm bench profile --model llama-3.1-8b --load-format dummy --workload mix
 
-It turns the engine's own core, a step a turn, in this thread: first untraced, which gives the wall time that counts, then under JAX's
-profiler, which slows the host a little and says what ran when. Host events are nested, so their times do not add up.
+It turns the engine's own core, a step a turn, in this thread: first untraced, which gives the wall time that counts, then from the
+beginning and the same steps under JAX's profiler, which slows the host and says what ran when. Host events are nested, so their times
+do not add up.
 """
 
 import argparse
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Profile:
-    """One traced stretch. busy: share of the time from the first kernel to the last in which some kernel ran, a GPU in the mean."""
+    """A stretch of steps, timed and then traced. busy: share of the untraced wall time in which some kernel ran, a GPU in the mean."""
 
     steps: int
     wall_ms: float  # a step, untraced
@@ -111,7 +112,7 @@ def summarise(events: Sequence[Span], *, steps: int, layers: int, wall_ms: float
         found = on_gpu[plane]
         extent = max(e.start + e.duration for e in found) - min(e.start for e in found)
         busy, between = covered(found)
-        shares = [*shares[number == 0 :], busy / extent]
+        shares = [*shares[number == 0 :], min(1.0, busy / steps / (1e3 * wall_ms))]  # the profiler makes kernels a little longer
         if number == 0:
             first, pauses, length = found, [p for p in between if p > 1], extent
     kernels = [e for e in first if not e.name.startswith(("Memcpy", "Memset"))]
@@ -136,8 +137,8 @@ def table(profile: Profile, most: int) -> str:
     if profile.kernels:
         count = sum(line.count for line in profile.kernels)
         out.append(
-            f"GPU busy {profile.busy:.1%} of the traced time; {count:.0f} kernels and copies a step, "
-            f"{profile.kernels_per_layer:.1f} kernels a layer; {profile.gaps} gaps over 1 µs a step, "
+            f"GPU busy {profile.busy:.1%} of the untraced time; {count:.0f} kernels and copies a step, "
+            f"{profile.kernels_per_layer:.1f} kernels a layer; traced, {profile.gaps} gaps over 1 µs a step, "
             f"the longest {profile.longest_gap_us:.0f} µs"
         )
         out += _rows("GPU", profile.kernels[:most], total)
@@ -181,6 +182,12 @@ class Turner:
             if not self._core.turn():
                 raise RuntimeError("the workload ended before the profile did; ask for fewer --steps")
 
+    def stop(self) -> None:
+        """Ends what is left of the workload, so that another may have the runner."""
+        self._core.abort_all("abort")
+        while self._core.turn():
+            pass
+
     def decoding(self, rows: int) -> None:
         """Turns until every prompt has been computed and `rows` rows decode."""
         while (flight := self._core._flight) is None or sum(not row.chunked for row in flight[0].rows) < rows:
@@ -201,19 +208,24 @@ class _Timed:
         return result
 
 
-def profile(turner: Turner, steps: int, layers: int) -> Profile:
-    """Times `steps` turns, then traces as many."""
+def profile(begin: Callable[[], Turner], steps: int, layers: int) -> Profile:
+    """Times `steps` turns of the workload that `begin` begins, then begins it once more and traces the same turns."""
     import jax
 
+    turner = begin()
     turner.turn(RAMP)
     start, waited = time.perf_counter(), turner.waited
     turner.turn(steps)
     wall, wait = time.perf_counter() - start, turner.waited - waited
+    turner.stop()
+    turner = begin()
+    turner.turn(RAMP)
     with tempfile.TemporaryDirectory() as folder:
         jax.profiler.start_trace(folder)
         turner.turn(steps)
         jax.profiler.stop_trace()
         found = spans(Path(folder))
+    turner.stop()
     return summarise(found, steps=steps, layers=layers, wall_ms=1e3 * wall / steps, host_ms=1e3 * (wall - wait) / steps)
 
 
@@ -241,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser().parse_args(argv)
     command = record.command("jaxllm bench profile", argv, args.model, args.json, args.results)
     if args.workload == "decode":
-        needed = RAMP + 2 * args.steps + 8 + args.batch  # while prompts are computed, one at least in a step, the first rows decode
+        needed = RAMP + args.steps + 8 + args.batch  # while prompts are computed, one at least in a step, the first rows decode
         prompts, outputs = [args.input_len] * args.batch, [needed] * args.batch
     else:
         prompts, outputs = (lengths.tolist() for lengths in workloads.mix_lengths())
@@ -259,10 +271,14 @@ def main(argv: list[str] | None = None) -> None:
 
         device = jax.devices()[0].device_kind
         print(f"{workloads.model_name(args.model)} on {device}, {record.versions()}\n{command}", flush=True)
-        turner = Turner(parts, prompts, outputs)
-        if args.workload == "decode":
-            turner.decoding(args.batch)
-        found = profile(turner, args.steps, len(parts.runner.model.layers))
+
+        def begin() -> Turner:
+            turner = Turner(parts, prompts, outputs)
+            if args.workload == "decode":
+                turner.decoding(args.batch)
+            return turner
+
+        found = profile(begin, args.steps, len(parts.runner.model.layers))
     common = {"model": workloads.model_name(args.model), "workload": args.workload, "dtype": args.dtype, "tp": args.tensor_parallel_size}
     common |= {"batch": args.batch, "context": args.input_len} if args.workload == "decode" else {}
     print(table(found, args.top))

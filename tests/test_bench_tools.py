@@ -166,7 +166,7 @@ TRACE = [
 
 def test_a_trace_becomes_kernels_gaps_and_the_busy_share():
     found = profile.summarise(TRACE, steps=2, layers=2, wall_ms=0.12, host_ms=0.02)
-    assert found.busy == pytest.approx(190 / 200) and found.traced_ms == pytest.approx(0.1)
+    assert found.busy == pytest.approx(190 / 240) and found.traced_ms == pytest.approx(0.1), "busy is of the untraced time"
     assert (found.gaps, found.longest_gap_us, found.kernels_per_layer) == (0, 10.0, 2.0)
     assert [(line.name, line.us, line.count) for line in found.kernels] == [
         ("gemm_0", 50.0, 2.0),
@@ -175,14 +175,14 @@ def test_a_trace_becomes_kernels_gaps_and_the_busy_share():
     ]
     assert [(line.name, line.us, line.each) for line in found.host] == [("PjitFunction(step)", 10.0, 10.0)]
     said = profile.table(found, 2)
-    assert "GPU busy 95.0% of the traced time; 4 kernels and copies a step, 2.0 kernels a layer" in said
+    assert "GPU busy 79.2% of the untraced time; 4 kernels and copies a step, 2.0 kernels a layer" in said
     assert "50.0          2.0     25.00   50.0%  gemm_0" in said and "MemcpyD2H" not in said
-    assert [row["value"] for row in profile.rows(found, {})] == [0.95, 2.0]
+    assert [row["value"] for row in profile.rows(found, {})] == [0.7917, 2.0]
 
 
 def test_several_gpus_are_busy_in_the_mean():
     other = [gpu("gemm", 0.0, 50.0, device=1), gpu("gemm", 60.0, 40.0, device=1)]
-    assert profile.summarise(TRACE + other, steps=2, layers=2, wall_ms=1, host_ms=1).busy == pytest.approx((0.95 + 0.9) / 2)
+    assert profile.summarise(TRACE + other, steps=2, layers=2, wall_ms=0.1, host_ms=0.1).busy == pytest.approx((0.95 + 0.45) / 2)
 
 
 def test_without_a_gpu_only_the_host_has_numbers():
@@ -204,14 +204,20 @@ def test_steps_are_turned_and_waits_told_apart():
         return SimpleNamespace(draw=handle.draw, read=lambda: (time.sleep(0.005), handle.read())[1])
 
     parts = SimpleNamespace(runner=SimpleNamespace(run=run), plan=plan, vocab_size=97, eos_ids=frozenset())
-    turner = profile.Turner(parts, [8] * 2, [40] * 2)
-    turner.decoding(2)
-    before = runner.steps
-    found = profile.profile(turner, 4, 1)
-    assert runner.steps - before == profile.RAMP + 8 and found.steps == 4
+    seen = []
+
+    def begin():
+        turner = profile.Turner(parts, [8] * 2, [40] * 2)
+        turner.decoding(2)
+        seen.append((turner, runner.steps))
+        return turner
+
+    found = profile.profile(begin, 4, 1)
+    (_, first), (turner, second) = seen
+    assert runner.steps - second == profile.RAMP + 4 <= second - first and found.steps == 4
     assert found.wall_ms >= 5 and 0 < found.host_ms < found.wall_ms - 4.9
     with pytest.raises(RuntimeError, match="ended before the profile did"):
-        turner.turn(40)
+        turner.turn(1)
 
 
 # ---------------------------------------------------------------------- compare
