@@ -63,7 +63,7 @@ def wide_candidates(product: Product, rows: int, cores: int) -> list[WideTile]:
     def clocks(tile: WideTile) -> float:
         return matmul_sm90_wide.clocks(rows, product.features, product.gated, cores, tile)
 
-    each = [[WideTile(cluster, width) for width in matmul_sm90_wide.widths(product.gated)] for cluster in (1, 2)]
+    each = [[WideTile(cluster, width) for width in matmul_sm90_wide.WIDTHS] for cluster in (1, 2)]
     return [tile for tiles in each for tile in sorted(tiles, key=clocks)[:3]]
 
 
@@ -183,7 +183,7 @@ def time_widths(kind: str, name: str, product: Product, rows: int, cores: int) -
     used, call = many_rows_tile(kind, rows, product, cores=cores), Call.draw(product, name, rows)
     if not isinstance(used, matmul_sm90_wide.Tile):
         raise SystemExit(f"{product}, {rows} rows: no tile of {matmul_sm90_wide.__name__} fits")
-    tiles = [replace(used, features=width) for width in matmul_sm90_wide.widths(product.gated)]
+    tiles = [replace(used, features=width) for width in matmul_sm90_wide.WIDTHS]
     turns, xla = product.inputs // matmul_sm90_wide.INPUTS, compiled(call, lambda x, weight, around: jnp.einsum("nd,fd->nf", x, weight))
     clocks = [turns * matmul_sm90_wide.clocks(rows, product.features, product.gated, cores, tile) for tile in tiles]
     times, others = calls.timed(right(call, tiles, f"{product}, {rows} rows"), call), calls.timed([xla], call)[0]

@@ -107,7 +107,7 @@ def step_options(bucket: Bucket, plan: Plan, device: Any, ours: bool) -> dict[st
 
 
 def product_options(bucket: Bucket, device: Any, ours: bool) -> dict[str, Any]:
-    """Those of them that say how XLA comes by the kernels of a step's products."""
+    """How XLA is to come by the kernels of such a step's products. ours: see `step.ours`."""
     many = bucket.rows + bucket.chunk >= UNTRIED_ROWS and getattr(device, "compute_capability", None) == "9.0"
     return UNTRIED if ours or many else LARGE if bucket.chunk else {}
 

@@ -26,8 +26,8 @@ from pallas_kernels.matmul_sm90 import LINES, SHARED, TILED
 
 GROUPS = 2  # warpgroups that multiply, LINES rows each
 ROWS = GROUPS * LINES  # of a tile
-WIDE = 256  # features of the widest tile: wgmma's
-STEP = 32  # of a tile's features, of both halves: the narrowest it may be wider by
+WIDTHS = range(256, LINES - 1, -32)  # features of a tile, of gate and up together, the widest first: wgmma's
+WIDE = WIDTHS[0]
 COPIED = 64  # at the most: products are a multiple
 INPUTS = 64  # of a turn
 COLD = 2000  # clocks until a stage has weights from the device's memory: by 1,024 rows of 0.5B's down, 76 turns of 64 features in 29 us
@@ -43,11 +43,6 @@ class Tile:
     features: int = WIDE
 
 
-def widths(gated: bool) -> list[int]:
-    """How wide a tile may be, the widest first."""
-    return list(range(WIDE, LINES - 1, -STEP))
-
-
 def fits(rows: int, features: int, inputs: int) -> bool:
     """Can the kernel take so many rows of this product? Copies go by eight rows, and by 64 features and inputs."""
     return rows % 8 == 0 and features % COPIED == 0 and inputs % INPUTS == 0
@@ -58,7 +53,7 @@ def tile_for(rows: int, features: int, gated: bool, workers: int) -> Tile:
 
     Of the widest, a product of few features has so few tiles that some blocks get none, or one less than the others.
     """
-    tiles = [Tile(features=width) for width in widths(gated)]
+    tiles = [Tile(features=width) for width in WIDTHS]
     return min(tiles, key=lambda tile: clocks(rows, features, gated, workers, tile) * (0.97 if tile.features == WIDE else 1))
 
 

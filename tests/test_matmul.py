@@ -225,7 +225,7 @@ def test_every_measured_tile_fits():
             assert found is not None and list(astuple(found)) == tile
             if isinstance(found, matmul_sm90_wide.Tile):
                 assert matmul_sm90_wide.fits(rows, product.features, product.inputs) and rows >= 256
-                assert found.features in matmul_sm90_wide.widths(product.gated) and found.cluster in (1, 2)
+                assert found.features in matmul_sm90_wide.WIDTHS and found.cluster in (1, 2)
                 continue
             assert rows in matmul_sm90.ROWS
             assert found.features % 8 == 0 and found.features * halves <= 256, "what a product of the tensor cores may be wide"

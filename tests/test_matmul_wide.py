@@ -19,7 +19,7 @@ from jaxllm.programs import step_options
 from pallas_kernels import Rows, head_for, linears_for, matmul, matmul_one_row, matmul_sm90_wide, turn_and_write
 from pallas_kernels.matmul import ManyRows, Product, many_rows_tile
 from pallas_kernels.matmul_join import join
-from pallas_kernels.matmul_sm90_wide import Tile, clocks, tile_for, widths
+from pallas_kernels.matmul_sm90_wide import Tile, clocks, tile_for
 from pallas_kernels.work import lanes, live, live_rows
 
 
@@ -279,7 +279,7 @@ def test_wide_products_on_a_gpu(product, filled):
         gate, up = np.split(meant, 2, axis=1)
         meant = gate / (1 + np.exp(-gate)) * up
     here, live_3 = kept(rows, filled), jnp.array(filled or (rows, rows, rows), jnp.int32)
-    for tile in (Tile(1), *(Tile(2, width) for width in widths(product.gated))):
+    for tile in (Tile(1), *(Tile(2, width) for width in matmul_sm90_wide.WIDTHS)):
         found = [np.asarray(run(x, weight, live_3, tile=tile)[here], np.float32) for _ in range(2)]
         assert apart(found[0], meant[here]) < 6e-3
         np.testing.assert_array_equal(found[0], found[1])
