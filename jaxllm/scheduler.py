@@ -279,5 +279,6 @@ class Scheduler:
         sequence.computed += count
         sequence.pending += samples
         sequence.length += samples
-        self.publish(sequence)
+        if chunked:  # what decodes publish is known only once they are read
+            self.publish(sequence)
         return row
