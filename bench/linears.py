@@ -1,9 +1,9 @@
 """Times the linear layers of a decode step on the GPU at hand, product by product: `python -m bench.linears [--tune] [--rows N ...]`.
 
-Beside each time stands what reading the weights must take. Before it is timed, whatever is ours is compared with float64. For 8, 64, 128
-and 256 rows the tile in the package's `tuning/linear/` folder is timed beside XLA's own product, and marked as compared. `--tune` tries
-tiles first (`bench.tiles`), and writes the fastest into that folder, unless XLA's product is faster. `--widths` only prints what tiles of
-each width take, of 768 rows and more. Of several devices one's part is timed.
+Beside each time stands what reading the weights must take. Before it is timed, whatever is ours is compared with float64. For 8, 64, 128,
+256, 384 and 512 rows the tile in the package's `tuning/linear/` folder, if it has one, is timed beside XLA's own product, compiled as in a
+step of so many rows, and marked as compared. `--tune` tries tiles first (`bench.tiles`), and writes the fastest into that folder, unless
+XLA's product is faster. `--widths` only prints what tiles of each width take, of 768 rows and more. Of several devices one's part is timed.
 """
 
 import argparse

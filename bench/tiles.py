@@ -23,7 +23,7 @@ from bench.workloads import MACHINES, SHAPES, Shape
 from pallas_kernels import matmul_sm90_wide
 from pallas_kernels.blocks import file_name
 from pallas_kernels.kv_write import turn_and_write
-from pallas_kernels.matmul import Product, many_rows_tile, one_row_tile
+from pallas_kernels.matmul import MEASURED, Product, many_rows_tile, one_row_tile
 from pallas_kernels.matmul_join import join
 from pallas_kernels.matmul_one_row import Tile
 from pallas_kernels.matmul_sm90 import LINES, ROWS, stages
@@ -32,7 +32,7 @@ from pallas_kernels.matmul_sm90_wide import Tile as WideTile
 
 WIDEST = 2**15  # weights of a turn: what registers hold
 SUMS = 384  # features of a warpgroup's runs of rows together: half as many registers of each thread
-MANY = (8, 64, 128, 256, 384, 512)  # rows that the tuning file has tiles for, beside one
+MANY = tuple(sorted({*MEASURED.values()}))  # rows that the tuning file has tiles for, beside one
 FASTER = 0.98  # of another's time: a smaller gain is noise, and no reason to change a tile or to leave a product to XLA
 CANDIDATES = [
     Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),

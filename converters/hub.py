@@ -40,7 +40,7 @@ def fetch(
 
 
 def _snapshot(model: str, revision: str | None, download_dir: str | Path | None, weights: tuple[str, ...]) -> Path:
-    # Here, because a start from a folder needs none of it, and it takes 0.2 to 0.4 s to import.
+    # Here, because a start from a folder needs none of it, and it takes 0.2 s to import.
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,

@@ -5,10 +5,12 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from bench import calls, linears, tiles
+from jaxllm.programs import UNTRIED
 from pallas_kernels import matmul
 from pallas_kernels.matmul import Product, one_row_tile
 from pallas_kernels.matmul_join import join
@@ -97,6 +99,21 @@ def test_every_tile_of_few_rows_is_one_wave_of_whole_turns(product, rows):
         assert 66 <= blocks <= 132 and product.inputs % (tile.inputs * tile.parts) == 0 and not (product.gated and tile.parts > 1)
         turns = product.inputs // (tile.inputs * tile.parts)
         assert stages(rows, product.inputs, tile, halves=1 + product.gated, itemsize=2) >= min(2, turns)
+
+
+def test_xlas_product_is_compiled_as_in_a_step(monkeypatch):
+    """Which on Hopper, from 256 rows on, takes the first kernel and tries none."""
+    asked, drawn = [], [calls.Call.draw(SMALL, "qkv", rows) for rows in (128, 256)]
+
+    def compile(run, compiler_options):
+        asked.append(compiler_options)
+        return jax.jit(run)
+
+    hopper = SimpleNamespace(compute_capability="9.0")
+    monkeypatch.setattr(calls, "jax", SimpleNamespace(jit=compile, devices=lambda: [hopper]))
+    for call in drawn:
+        calls.compiled(call, lambda x, weight, around: x)
+    assert asked == [{}, UNTRIED]
 
 
 def test_hundreds_of_rows_have_wide_tiles_to_try():
