@@ -25,7 +25,7 @@ from pallas_kernels.attention_portable import F16_MAX, FP8, LN2, LOG2E, LOW, WID
 from pallas_kernels.blocks import Decode, features
 from pallas_kernels.work import CUT, ROW, Rows, Shares
 
-JOINED = 32  # lines of parts that are joined in one turn
+JOINED = 64  # numbers of parts that a thread joins in one turn: one row of 640 tokens has ten parts, and a turn waits for memory
 UNREAD = ("arrived", "unused")  # of a line of the plan
 
 
@@ -52,9 +52,7 @@ def decode(
     inputs = (q_LNQH, k_pages, v_pages, rows.table_MP, shares.row_MF, shares.cut_WF, *extras.values())
     written, parts = chunk or (), (2 * workers, heads // kv_heads)
     outputs = *(chunk or out), jax.ShapeDtypeStruct((*parts, head_dim), jnp.float32), jax.ShapeDtypeStruct(parts, jnp.float32)
-    options = _Options(
-        heads // kv_heads, kv_heads, page_size, head_dim, planes, blocks.kv_block, workers, lse, scale, window, softcap, interpret
-    )
+    options = _Options(heads // kv_heads, kv_heads, page_size, head_dim, planes, blocks, workers, lse, scale, window, softcap, interpret)
     done = pl.pallas_call(
         partial(_kernel, options, tuple(extras)),
         grid=(workers,),
@@ -76,13 +74,17 @@ class _Options:
     page_size: int
     head_dim: int
     planes: int  # 2 for fp8 pages: even features and odd ones
-    kv_block: int
+    blocks: Decode
     workers: int
     lse: bool
     scale: float
     window: int | None
     softcap: float | None
     interpret: bool
+
+    @property
+    def kv_block(self) -> int:
+        return self.blocks.kv_block
 
     @property
     def paged(self) -> bool:
@@ -141,9 +143,9 @@ def _kernel(options: _Options, names, q, k, v, table, row, cut, *rest):
     refs.lse = outputs[1] if options.lse else None
     refs.part, refs.part_lse = outputs[-2:]
     worker = pl.program_id(0)
-    here = _line(refs.cut, CUT, worker)
+    here, there = _line(refs.cut, CUT, worker), _line(refs.cut, CUT, worker + 1)  # the next worker begins where this one stops
     pl.when(here.idle > 0)(partial(_zeros, options, refs, worker))
-    begin, stop = here.entry, _line(refs.cut, CUT[:1], worker + 1).entry
+    begin, stop = here.entry, there.entry
     row = _Row(here.row, here.length)
     page = here.page if options.paged else _pages(options, refs, row, here.block)
     at = _Place(row, here.head, here.block, page, _Row(here.next, here.next_length))
@@ -152,7 +154,7 @@ def _kernel(options: _Options, names, q, k, v, table, row, cut, *rest):
     def _():
         start = at, jnp.bool_(False), _nothing(options)
         lax.fori_loop(begin, stop, partial(_turn, options, refs, worker, stop), start)
-        _join_cut(options, refs, worker)
+        _join_cut(options, refs, (here, there))
 
 
 def _line(ref, names, place):
@@ -252,11 +254,13 @@ def _zeros(options: _Options, refs, worker):
     lax.fori_loop(jnp.int32(0), lax.div(rows - 1 - worker + options.workers, jnp.int32(options.workers)), zero, ())
 
 
-def _join_cut(options: _Options, refs, worker):
-    """Arrive at the (row, head) that this worker began inside of and at the one it stopped in; join the parts where it is the last to."""
+def _join_cut(options: _Options, refs, cuts):
+    """Arrive at the (row, head) that this worker began inside of and at the one it stopped in; join the parts where it is the last to.
+
+    cuts: the lines of the plan for both, read before the loop: whoever is last has nothing more to look up.
+    """
     if not options.interpret:
         plt.debug_barrier()  # all threads have written their parts before one of them says so
-    cuts = _line(refs.cut, CUT, worker), _line(refs.cut, CUT, worker + 1)  # the next worker begins where this one stops
 
     def look(turn, joined):
         row, head, first, last = (
@@ -283,7 +287,8 @@ def _join_cut(options: _Options, refs, worker):
 def _join(options: _Options, refs, row, head, first, last):
     """Write a (row, head) from the parts that workers [first, last] left."""
     lines = pl.next_power_of_2(options.group)
-    line, feature, together = jnp.arange(lines), options.features, max(1, JOINED // lines)
+    line, feature = jnp.arange(lines), options.features
+    together = max(1, JOINED * 32 * options.blocks.num_warps // (lines * feature.shape[0]))
     live_R, live_H = line < options.group, feature < options.head_dim
 
     def turn(i, state):
