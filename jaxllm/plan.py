@@ -87,12 +87,11 @@ class Plan:
         return min(b for b in self.buckets if b.rows >= rows and b.chunk >= chunk)
 
     def without_padding(self, wide: int) -> "Plan":
-        """This plan where steps of `wide` lanes and more leave out those that hold no token: with fewer of such shapes.
-
-        One decodes, one has the smallest chunk and one the largest.
+        """This plan where steps of `wide` lanes and more leave out those that hold no token: with two of such shapes, the largest and one
+        that decodes.
         """
-        chunks = {0, self.largest.chunk, min(b.chunk for b in self.buckets if b.chunk)}
-        kept = [b for b in self.buckets if b.rows + b.chunk < wide or (b.chunk in chunks and b.rows == self.largest.rows)]
+        most = self.largest
+        kept = [b for b in self.buckets if b.rows + b.chunk < wide or b in (most, replace(most, chunk=0))]
         return replace(self, buckets=tuple(kept))
 
     @property

@@ -66,15 +66,15 @@ def test_twenty_shapes_at_most_and_each_step_finds_one():
 
 
 def test_shapes_that_differ_in_padding_are_one_where_padding_is_left_out():
-    """From 768 lanes on: a decode shape, one for few prompt tokens, one for many. No other plan changes, nor what a step may hold."""
+    """From 768 lanes on: a decode shape and one with prompt tokens. No other plan changes, nor what a step may hold."""
     made = plan(max_model_len=8192)
     fewer = made.without_padding(768)
     assert {(b.chunk, b.rows) for b in made.buckets} - {(b.chunk, b.rows) for b in fewer.buckets} == {
-        *[(0, 768), (2048, 64), (2048, 256), (2048, 1024), (8192, 64), (8192, 256)],
+        *[(0, 768), (448, 1024), (2048, 64), (2048, 256), (2048, 1024), (8192, 64), (8192, 256)],
     }
     assert (fewer.largest, fewer.streamed_chunk, fewer.num_pages) == (made.largest, 2048, made.num_pages)
     assert fewer.bucket(70, 2048) == fewer.bucket(1024, 8192) == Bucket(8192, 1024)
-    assert [fewer.bucket(rows, 448) for rows in (64, 256, 257)] == [Bucket(448, 64), Bucket(448, 256), Bucket(448, 1024)]
+    assert [fewer.bucket(rows, 448) for rows in (64, 256, 257)] == [Bucket(448, 64), Bucket(448, 256), Bucket(8192, 1024)]
     small = plan(max_model_len=8192, max_num_seqs=64, max_num_batched_tokens=256)
     assert small.without_padding(768) == small
     only = plan(max_model_len=8192, enforce_eager=True)
