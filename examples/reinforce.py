@@ -35,7 +35,7 @@ def main(
 
     how = SamplingParams(temperature=1.0, max_tokens=tokens, ignore_eos=True)
     rewards = []
-    with LLM(path, dtype="float32", max_num_seqs=rows, max_model_len=128, enforce_eager=True) as llm:
+    with LLM(path, dtype="float32", max_num_seqs=rows, max_model_len=128, max_num_batched_tokens=128, enforce_eager=True) as llm:
         for round_ in range(rounds):
             outputs = llm.generate([prompt] * rows, how, use_tqdm=False)
             reward_B = np.array([output.outputs[0].text.count(letter) for output in outputs], np.float32)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from packaging.requirements import Requirement
 
-PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "numpy", "ml_dtypes", "transformers", "tokenizers", "safetensors", "orbax-checkpoint")
+PACKAGES = ("jaxllm", "jax", "jaxlib", "flax", "numpy", "ml_dtypes", "tokenizers", "safetensors", "orbax-checkpoint")
 PACKAGES += ("fastapi", "starlette", "uvicorn", "pydantic", "pyzmq", "msgspec", "uvloop")
 PLUGINS = re.compile(r"(jax-(cuda|rocm)\w*-(plugin|pjrt)|nvidia-[\w-]+|libtpu)", re.I)
 VARIABLES = re.compile(r"(JAX_|XLA|TF_GPU|CUDA|NVIDIA|NCCL|OMP|LD_LIBRARY_PATH$|TPU)")  # how arithmetic, devices and libraries are chosen

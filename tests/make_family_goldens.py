@@ -1,4 +1,3 @@
-# pyright: reportMissingImports=false, reportArgumentType=false, reportCallIssue=false
 """Makes tests/goldens: tiny random models of every family, saved by transformers, with the logits that torch computes.
 
 Run by hand where torch is (the tests need neither torch nor this file):
