@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from attention_oracle import on_gpu
 from flax import nnx
+from tiny import QUICK
 
 from bench.workloads import SHAPES
 from converters.checkpoint import read_config, tensor_shapes
@@ -266,8 +267,12 @@ def step(decoder: Decoder, linears, rows: int, *, devices: int = 1, implementati
     shape = (rows + 1, c.num_kv_heads, 16, c.head_dim)
     cache = [tuple(jax.random.normal(key, shape, jnp.bfloat16).astype(dtype) for key in pair) for pair in keys.reshape(-1, 2)]
     cache = jax.device_put(cache, sharding(mesh, PAGE_AXES))
-    hidden_ND, cache = decoder(jnp.arange(rows), lengths - 1, cache, context)
-    return decoder.logits(hidden_ND), cache
+
+    def run(cache):
+        hidden_ND, cache = decoder(jnp.arange(rows), lengths - 1, cache, context)
+        return decoder.logits(hidden_ND), cache
+
+    return (jax.jit(run, compiler_options=QUICK) if jax.devices()[0].platform == "cpu" else run)(cache)
 
 
 def decoder_mesh(devices: int = 1):
