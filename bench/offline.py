@@ -30,7 +30,7 @@ class Bench:
     """One loaded model and what its rows have in common. `llm` needs only `generate` and, for `ends`, `engine`."""
 
     def __init__(self, llm: Any, *, config: dict[str, Any], device: str, model: str, dtype: str, tp: int, repeats: int):
-        self._llm = llm
+        self.llm = llm
         self._vocab: int = config["vocab_size"]
         self.shape = workloads.Shape.of(config)
         self.device = device
@@ -77,7 +77,7 @@ class Bench:
         """How long it takes until all requests, submitted at once, are answered. Lengths in tokens. how: one for all, or one each."""
         tokens, params = self._asked(prompts, outputs, how)
         start = time.perf_counter()
-        answers = self._llm.generate(tokens, params, use_tqdm=False)
+        answers = self.llm.generate(tokens, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         _check(outputs, [len(answer.outputs[0].token_ids) for answer in answers])
         return seconds
@@ -89,7 +89,7 @@ class Bench:
         start = time.perf_counter()
         for i, (ids, each) in enumerate(zip(tokens, params, strict=True)):
             request = Request(f"bench-{i}", tuple(ids), each, stream=False)
-            self._llm.engine.submit(request, lambda output, i=i: heard.put((i, time.perf_counter() - start, output)))
+            self.llm.engine.submit(request, lambda output, i=i: heard.put((i, time.perf_counter() - start, output)))
         found = sorted(heard.get() for _ in outputs)
         for _, _, output in found:
             if isinstance(output, Exception):

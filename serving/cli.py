@@ -35,6 +35,7 @@ BENCHES = {  # each runs bench.NAME as a program
     "profile": "show where a step's time goes on the GPU",
     "kernels": "time the attention kernels, and find their block sizes",
     "linears": "time a decode step's linear layers, and find their tiles",
+    "variants": "time steps with kernels replaced beside the steps as they are",
     "compare": "put results beside limits and vLLM's figures",
 }
 
