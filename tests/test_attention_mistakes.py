@@ -128,6 +128,11 @@ def test_without_a_mistake_there_is_nothing_to_catch(case):
     check(case, "portable", interpret=True)
 
 
+def test_parts_that_a_thread_has_no_room_for_are_joined_in_more_turns(monkeypatch):
+    monkeypatch.setattr(attention_decode, "JOINED", 0)  # one part a turn
+    check(PLAIN, "portable", interpret=True)
+
+
 # Two KV blocks, the older one cut by the window, the newer one with a tail that holds NaN; a second row and lanes that nobody owns.
 SM90 = Case(Heads(2, 1, 64), (150, 9), (20, 9), page_size=16, window=60, softcap=5.0, spare=3)
 
