@@ -6,6 +6,7 @@ Hosts of one kind differ by a tenth, and two processes on one host by several pe
 both have the same engine, weights and pages; only the steps are compiled twice. Nothing is kept in the result files.
 
 Only files of pallas_kernels can be replaced: what jaxllm makes of its classes when it starts, the network above all, would stay what it is.
+One that these steps do not use changes nothing, and then nothing but noise is reported.
 """
 
 import argparse
@@ -136,8 +137,10 @@ def _answers(bench: offline.Bench, rows: int) -> list[tuple[int, ...]]:
 def _file(text: str) -> tuple[str, Path]:
     """PATH=OTHER, PATH as it is called from the project's root."""
     path, _, other = text.partition("=")
-    if Path(path).parent != KERNELS or not (ROOT / path).is_file():
-        raise argparse.ArgumentTypeError(f"{path!r} is no file of {KERNELS}; say PATH=OTHER, such as {KERNELS}/attention_decode.py=new.py")
+    if Path(path).parent != KERNELS or Path(path).suffix != ".py" or Path(path).stem == "__init__" or not (ROOT / path).is_file():
+        raise argparse.ArgumentTypeError(
+            f"{path!r} is no module of {KERNELS}; say PATH=OTHER, such as {KERNELS}/attention_decode.py=new.py"
+        )
     if not Path(other).is_file():
         raise argparse.ArgumentTypeError(f"{other!r}, which is to stand for {path}, is no file")
     return path.removesuffix(".py").replace("/", "."), Path(other)
@@ -159,7 +162,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
+    args = (made := parser()).parse_args(argv)
+    if not args.batch and not args.mix:
+        made.error("there is nothing to time: give --batch some rows, or --mix")
     args.workload = [*(["decode"] if args.batch else []), *(["mix"] if args.mix else [])]
     with offline.loaded(args, offline.engine_options(args)) as bench:
         print(record.command("jaxllm bench variants", argv, args.model, *(path for _, path in args.file)), flush=True)

@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tiny import GOLDENS
 
@@ -27,14 +28,16 @@ def bench():
 def short(monkeypatch):
     for name, value in {"DECODE_PROMPT": 8, "DECODE_STEPS": 4}.items():
         monkeypatch.setattr(workloads, name, value)
+    monkeypatch.setattr(workloads, "mix_lengths", lambda: (np.array([9, 40]), np.array([5, 3])))
 
 
 def test_a_copy_gives_the_same_tokens(bench, tmp_path):
     (copy := tmp_path / "copy.py").write_text(KERNEL.read_text())
     before = bench.llm.engine._runner._steps
-    one, four = variants.compared(bench, {"pallas_kernels.attention_reference": copy}, [1, 4], mix=False, rounds=2)
-    assert (one.what, one.tokens, four.tokens) == ("1 rows, ms a step", variants.ANSWER, 4 * variants.ANSWER)
-    assert (one.same, four.same) == (one.tokens, four.tokens) and len(one.as_it_is) == len(one.replaced) == 2
+    one, mix = variants.compared(bench, {"pallas_kernels.attention_reference": copy}, [1], mix=True, rounds=2)
+    assert (one.what, one.same, one.tokens) == ("1 rows, ms a step", variants.ANSWER, variants.ANSWER)
+    assert (mix.what, mix.same, mix.tokens) == ("MIX, s", 64 * variants.ANSWER, 64 * variants.ANSWER)
+    assert all(len(each) == 2 for each in (one.as_it_is, one.replaced, mix.as_it_is, mix.replaced))
     assert bench.llm.engine._runner._steps is before and attention.attention_reference is attention_reference
 
 
@@ -59,7 +62,15 @@ def test_its_report_says_how_much_faster():
     assert text == "64 rows, ms a step: 5 5.2 5.1, replaced 4.9 4.8 4.85: -4.9%; 64 of 64 tokens are the same"
 
 
-@pytest.mark.parametrize("given", ["pallas_kernels/nothing.py=a.py", "jaxllm/step.py=pyproject.toml", "pallas_kernels/work.py=nowhere.py"])
-def test_files_that_are_not_there_are_refused(given):
-    with pytest.raises(argparse.ArgumentTypeError, match=r"is no file"):
-        variants._file(given)
+@pytest.mark.parametrize("path", ["pallas_kernels/nothing.py", "pallas_kernels/__init__.py", "pallas_kernels/tuning", "jaxllm/step.py"])
+def test_what_is_no_kernel_is_refused(path):
+    with pytest.raises(argparse.ArgumentTypeError, match=rf"'{path}' is no module of pallas_kernels; say PATH=OTHER"):
+        variants._file(f"{path}={__file__}")
+
+
+def test_another_file_that_is_not_there_is_refused_and_so_is_nothing_to_time(capsys):
+    with pytest.raises(argparse.ArgumentTypeError, match=r"'nowhere.py', which is to stand for pallas_kernels/work.py, is no file"):
+        variants._file("pallas_kernels/work.py=nowhere.py")
+    with pytest.raises(SystemExit):
+        variants.main(["--model", "nowhere", "--file", f"pallas_kernels/work.py={__file__}", "--batch"])
+    assert "nothing to time: give --batch some rows, or --mix" in capsys.readouterr().err
