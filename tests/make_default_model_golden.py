@@ -1,4 +1,4 @@
-"""Makes tests/goldens_default_model.npz: what transformers, under torch, says of the models that ship. Run where torch is.
+"""Makes tests/goldens_default_model.npz: what transformers, under torch, says of the models that ship. Run where they are.
 
 python tests/make_default_model_golden.py
 """

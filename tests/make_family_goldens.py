@@ -1,6 +1,6 @@
 """Makes tests/goldens: tiny random models of every family, saved by transformers, with the logits that torch computes.
 
-Run by hand where torch is (the tests need neither torch nor this file):
+Run by hand where both are (the tests need neither of them, nor this file):
 
     python tests/make_family_goldens.py [case ...]
 
