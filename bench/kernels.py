@@ -325,8 +325,10 @@ def tune(device_kind: str, repeats: int, cases: dict[str, Case], folder: Path) -
         best, times = chosen(usual, _tried(op, [usual, *(c for c in candidates if c != usual)], case, repeats))
         if best is None:
             continue
-        kept = [row for row in kept if any(row.get(key) != value for key, value in shape.items())]
-        kept.append(shape | asdict(best) | {"us": {str(length): round(us * 1e6, 2) for length, us in times.items()}})
+        before = [row for row in kept if all(row.get(key) == value for key, value in shape.items())]
+        kept = [row for row in kept if row not in before]
+        early = {"early": True} if any(row.get("early") for row in before) else {}  # told by steps, not by a kernel alone
+        kept.append(shape | asdict(best) | early | {"us": {str(length): round(us * 1e6, 2) for length, us in times.items()}})
         _write_table(path, device_kind, kept)
         print(f"{name:30} {best} {kept[-1]['us']}", flush=True)
     return path

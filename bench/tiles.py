@@ -25,29 +25,30 @@ from pallas_kernels.blocks import file_name
 from pallas_kernels.kv_write import turn_and_write
 from pallas_kernels.matmul import MEASURED, Product, many_rows_tile, one_row_tile
 from pallas_kernels.matmul_join import join
-from pallas_kernels.matmul_one_row import Tile
+from pallas_kernels.matmul_one_row import PACK, Tile
 from pallas_kernels.matmul_sm90 import LINES, ROWS, stages
 from pallas_kernels.matmul_sm90 import Tile as ManyTile
 from pallas_kernels.matmul_sm90_wide import Tile as WideTile
 
-WIDEST = 2**15  # weights of a turn: what registers hold
+FEWEST = 100  # programs
+HELD = 160  # numbers of a thread, of the 255 that it has registers for: the rest are addresses
 SUMS = 384  # features of a warpgroup's runs of rows together: half as many registers of each thread
 MANY = tuple(sorted({*MEASURED.values()}))  # rows that the tuning file has tiles for, beside one
 FASTER = 0.98  # of another's time: a smaller gain is noise, and no reason to change a tile or to leave a product to XLA
-CANDIDATES = [
-    Tile(2, 1024, 4), Tile(4, 512, 4), Tile(16, 512, 8), Tile(4, 256, 2), Tile(4, 512, 2), Tile(8, 256, 4),
-    Tile(1, 2048, 2), Tile(1, 4096, 4), Tile(2, 2048, 4), Tile(2, 4096, 8), Tile(1, 8192, 8), Tile(2, 8192, 8), Tile(2, 1024, 2),
-    Tile(2, 1024, 4, True), Tile(2, 1024, 2, True), Tile(4, 512, 4, True), Tile(1, 2048, 4, True), Tile(2, 2048, 8, True),
-    Tile(8, 256, 4, True), Tile(4, 1024, 8, True), Tile(1, 1024, 2, True), Tile(2, 512, 2, True),
-]  # fmt: skip
 
 
 def candidates(product: Product) -> list[Tile]:
-    """Tiles whose turn is no longer than the inputs and fits into registers."""
-    longest = 1 << (product.inputs - 1).bit_length()
-    halved = [Tile(max(1, t.features // 2), t.inputs, t.num_warps, t.ahead) if product.gated else t for t in CANDIDATES]
-    fitting = [t for t in halved if t.inputs <= longest and t.features * t.inputs * (1 + product.gated) <= WIDEST]
-    return list(dict.fromkeys(t for t in fitting if not t.ahead or t.inputs < product.inputs))
+    """Tiles whose row, weights and sums fit into registers, with a program for each of many multiprocessors."""
+    halves, found = 1 + product.gated, []
+    for num_warps, features, together, ahead in itertools.product((1, 2, 4, 8), (1, 2, 4, 8, 16), (1, 2, 4), (False, True)):
+        tile = Tile(features, together, num_warps, ahead)
+        turns, runs = -(-product.inputs // tile.inputs), features // together
+        kept = turns if runs > 1 else 1  # turns of the row, and of a run's weights
+        held = PACK * kept + together * halves * (PACK + PACK // 2 * kept * (1 + ahead))
+        fits = runs >= 1 and tile.inputs < 2 * product.inputs and held <= HELD and product.features >= FEWEST * features
+        if fits and not (ahead and (turns if runs == 1 else runs) == 1):
+            found.append(tile)
+    return found
 
 
 def many_rows_candidates(product: Product, rows: int, cores: int) -> list[ManyTile | WideTile]:
@@ -95,13 +96,13 @@ def right(call: Call, tiles: Sequence[AnyTile], what: str) -> list[Callable]:
 def tune(kind: str, name: str, product: Product) -> dict[str, Any]:
     """The fastest tile of one row, as the tuning file has it."""
     used = one_row_tile(kind, product)
-    call, tiles = Call.draw(product, name, 1), list(dict.fromkeys([used, *candidates(product)]))
+    call, tiles = Call.draw(product, name, 1), list(dict.fromkeys([replace(used, early=False), *candidates(product)]))
     times = calls.timed(right(call, tiles, str(product)), call)
     order = sorted(range(len(tiles)), key=lambda i: times[i])
     reading = 1e6 * Call.bytes(product) / MACHINES[kind].read
     print(f"{name:8} {product}: in use {astuple(used)} {times[0]:.2f} us; reading {reading:.2f}; tried:")
     print("         " + ", ".join(f"{astuple(tiles[i])} {times[i]:.2f}" for i in order[:8]), flush=True)
-    return tuned(product, 1, tiles[order[0]], times[order[0]])
+    return tuned(product, 1, replace(tiles[order[0]], early=used.early), times[order[0]])
 
 
 @dataclass(frozen=True)
@@ -200,7 +201,7 @@ def tuned(product: Product, rows: int, tile: AnyTile, us: float) -> dict[str, An
 def write(kind: str, rows: list[dict[str, Any]], folder: Path, tried: Iterable[tuple[int, Product]] = ()) -> Path:
     """Puts rows into the device's tuning file, in place of those of the same rows and product, or of products that were tried so."""
     path = folder / file_name(kind)
-    head = {"device": kind, "tile": "one row: features, inputs, num_warps, ahead; more: features, inputs, parts, cluster, blocks"}
+    head = {"device": kind, "tile": "one row: features, together, num_warps, ahead, early; more: features, inputs, parts, cluster, blocks"}
     head["wide"] = "a tile of two numbers: cluster, features"
     head["compared"] = "with float32 or more on a GPU; no engine takes the others"
     kept = json.loads(path.read_text())["rows"] if path.is_file() else []

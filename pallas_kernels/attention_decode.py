@@ -277,15 +277,22 @@ def _join_cut(options: _Options, refs, cuts):
             @pl.when(arrived == last - first)
             def _():
                 plt.store(refs.cut.at[counter], jnp.int32(0))  # as the next layer must find it
-                _join(options, refs, row, head, first, last)
+                _join(options, refs, row, head, first, last, arrived)
 
         return jnp.where(cut, first, joined)
 
     lax.fori_loop(jnp.int32(0), jnp.int32(2), look, jnp.int32(-1))
 
 
-def _join(options: _Options, refs, row, head, first, last):
-    """Write a (row, head) from the parts that workers [first, last] left."""
+def _launch_next(x_R, arrived):
+    """x_R itself. Once all workers have ended or come by, the next kernel may be launched, while these join (PTX ISA, griddepcontrol)."""
+    result, after = jax.ShapeDtypeStruct(x_R.shape, x_R.dtype), jnp.broadcast_to(arrived, x_R.shape)
+    asm = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
+    return plt.elementwise_inline_asm(asm, args=[x_R, after], constraints="=f,f,r", pack=1, result_shape_dtypes=[result])[0]
+
+
+def _join(options: _Options, refs, row, head, first, last, arrived):
+    """Write a (row, head) from the parts that workers [first, last] left. arrived: how many had before this one."""
     lines = pl.next_power_of_2(options.group)
     line, feature = jnp.arange(lines), options.features
     together = max(1, JOINED * 32 * options.blocks.num_warps // (lines * feature.shape[0]))
@@ -304,7 +311,9 @@ def _join(options: _Options, refs, row, head, first, last):
         more_RH = jnp.sum(weight_TR[:, :, None] * o_TRH, axis=0)
         return new_R, sum_R * keep_R + jnp.sum(weight_TR, axis=0), o_RH * keep_R[:, None] + more_RH
 
-    nothing = jnp.full(lines, LOW, jnp.float32), jnp.zeros(lines, jnp.float32), jnp.zeros((lines, feature.shape[0]), jnp.float32)
+    low_R = jnp.full(lines, LOW, jnp.float32)
+    low_R = _launch_next(low_R, arrived) if options.blocks.early and not options.interpret else low_R
+    nothing = low_R, jnp.zeros(lines, jnp.float32), jnp.zeros((lines, feature.shape[0]), jnp.float32)
     peak_R, sum_R, o_RH = lax.fori_loop(jnp.int32(0), lax.div(last - first + together, jnp.int32(together)), turn, nothing)
     sum_R, lane_R = jnp.maximum(sum_R, 1e-30), head * options.group + line
     o_RH = (o_RH / sum_R[:, None]).astype(refs.o.dtype)

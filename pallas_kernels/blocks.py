@@ -23,12 +23,16 @@ import jax.numpy as jnp
 
 @dataclass(frozen=True)
 class Decode:
-    """A decode program: tokens in its KV block, what Triton makes of it, and how many of it run on a multiprocessor at a time."""
+    """A decode program: tokens in its KV block, what Triton makes of it, and how many of it run on a multiprocessor at a time.
+
+    early: from Hopper on, the next kernel may be launched before the parts are joined.
+    """
 
     kv_block: int
     num_warps: int = 4
     num_stages: int = 2
     workers_per_core: int = 3
+    early: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def blocks(op: str, device_kind: str, shape: Shape) -> Decode | Prefill:
     if not rows:
         return default(op, shape)
     nearest = min(rows, key=shape.apart)
-    return KINDS[op](**{field.name: nearest[field.name] for field in fields(KINDS[op])})
+    return KINDS[op](**{field.name: nearest[field.name] for field in fields(KINDS[op]) if field.name in nearest})
 
 
 def default(op: str, shape: Shape) -> Decode | Prefill:

@@ -75,7 +75,7 @@ class OneRow:
         h_ND, norm = normed
         cos_sin, plain = options.get("cos_sin"), options.get("q_norm_H") is None and options.get("k_norm_H") is None
         whole = plain and cos_sin is not None and 2 * cos_sin[0].shape[-1] == k_pages.shape[-1] and k_pages.dtype == h_ND.dtype
-        if not whole or weight_FD.size > SMALL:
+        if not whole:
             return turn_and_write(k_pages, v_pages, self.product(normed, weight_FD), slot_N, **options)
         kept = dict(heads=options["heads"], bias_F=options.get("bias_F"), cos_sin=cos_sin, interpret=self.interpret)
         kept |= dict(tile=one_row_tile(self.kind, _product(weight_FD, False)), norm_D=norm.weight_D, eps=norm.eps, offset=norm.offset)
@@ -166,7 +166,6 @@ Linears = OneRow | ManyRows
 WIDE_ROWS = 768  # from here on a product is so many tiles that leaving the empty ones out pays; with fewer, cuBLAS is often better
 # Rows that have tiles of their own, and those with which these were tried.
 MEASURED = {2: 8, 4: 8, 8: 8, 16: 8, 32: 64, 64: 64, 128: 128, 256: 256, 384: 384, 512: 512}
-SMALL = 2**23  # weights of a QKV that is turned in its product's kernel: 0.5B's step is 3.6% shorter so, 3B's 7.6, the 8B's 2% longer
 
 
 def linears_for(device: Any, rows: int, dtype: Any, *, alone: bool = True, owners: Rows | None = None) -> Linears | None:
@@ -223,12 +222,12 @@ def _product(weight_FD: Array, gated: bool) -> Product:
 def one_row_tile(kind: str, product: Product) -> matmul_one_row.Tile:
     """The tile that was the fastest on this kind of device; else one of few that were good for several products of an H200."""
     if tile := _measured(kind).get((1, product)):
-        return matmul_one_row.Tile(*tile)
-    if product.gated:
-        return matmul_one_row.Tile(4, 256, 2) if product.inputs <= 1024 else matmul_one_row.Tile(4, 512, 4)
-    if product.features > 4096:
-        return matmul_one_row.Tile(16, 512, 8)
-    return matmul_one_row.Tile(2 if product.features * product.inputs <= 2**22 else 4, 1024, 4)
+        return matmul_one_row.Tile(*tile[:3], *map(bool, tile[3:]))
+    if product.gated and product.inputs <= 8192:  # more inputs than that would not stay in registers
+        return matmul_one_row.Tile(4, 2, 1, True) if product.inputs <= 1024 else matmul_one_row.Tile(4, 2, 8)
+    if product.features > 2**15 or product.inputs > 4096:
+        return matmul_one_row.Tile(1, 1, 1)
+    return matmul_one_row.Tile(8, 2, 4) if product.features > 4096 else matmul_one_row.Tile(2, 2, 4)
 
 
 def many_rows_tile(

@@ -69,9 +69,10 @@ def apart(found, wanted) -> float:
 
 
 @pytest.mark.parametrize("ahead", [False, True], ids=["", "ahead"])
-@pytest.mark.parametrize(("inputs", "features"), [(128, 32), (176, 30)], ids=["whole", "ragged"])
-def test_one_row_is_normed_multiplied_gated_and_added(inputs, features, ahead):
-    one_row = partial(matmul_one_row.linear, tile=matmul_one_row.Tile(4, 64, 4, ahead), interpret=True)
+@pytest.mark.parametrize("together", [4, 2, 1], ids=["one-run", "two-runs", "four-runs"])
+@pytest.mark.parametrize(("inputs", "features"), [(512, 32), (600, 30)], ids=["whole", "ragged"])
+def test_one_row_is_normed_multiplied_gated_and_added(inputs, features, together, ahead):
+    one_row = partial(matmul_one_row.linear, tile=matmul_one_row.Tile(4, together, 1, ahead), interpret=True)
     x, norm, weight = draw(1, inputs), draw(inputs), draw(features, inputs, scale=inputs**-0.5)
     assert apart(one_row(x, weight), exact(x, weight)) < 4e-3
     normed = one_row(x, weight, norm_D=norm, eps=1e-6, offset=1.0)
@@ -83,13 +84,20 @@ def test_one_row_is_normed_multiplied_gated_and_added(inputs, features, ahead):
 
 
 @pytest.mark.parametrize(
-    ("features", "bias", "pairs", "normed"), [(4, True, 8, False), (2, False, 8, False), (32, True, 4, False), (4, False, 8, True)]
+    ("tile", "bias", "pairs", "normed"),
+    [
+        (matmul_one_row.Tile(4, 4, 1), True, 8, False),
+        (matmul_one_row.Tile(4, 2, 1, True), True, 8, False),
+        (matmul_one_row.Tile(2, 1, 2), False, 8, False),
+        (matmul_one_row.Tile(32, 32, 1), True, 4, False),
+        (matmul_one_row.Tile(4, 4, 1), False, 8, True),
+    ],
 )
-def test_one_row_is_turned_and_written_as_by_a_kernel_of_its_own(features, bias, pairs, normed, monkeypatch):
+def test_one_row_is_turned_and_written_as_by_a_kernel_of_its_own(tile, bias, pairs, normed, monkeypatch):
     """Bit for bit; in that kernel itself where heads are normed, or turned in part."""
-    monkeypatch.setattr(matmul, "one_row_tile", lambda kind, product: matmul_one_row.Tile(features, 64, 4))
+    monkeypatch.setattr(matmul, "one_row_tile", lambda kind, product: tile)
     run, heads, kv_heads, head_dim = OneRow("cpu", interpret=True), 6, 2, 16
-    x, norm, weight = draw(1, 96), Norm(draw(96), 1e-6, 0.0), draw((heads + 2 * kv_heads) * head_dim, 96, scale=0.1)
+    x, norm, weight = draw(1, 296), Norm(draw(296), 1e-6, 0.0), draw((heads + 2 * kv_heads) * head_dim, 296, scale=0.1)
     angle, pages, slot = jnp.asarray(RNG.uniform(0, 6, (1, 1, pairs)), jnp.float32), draw(3, kv_heads, 16, head_dim), jnp.array([37])
     options: dict[str, Any] = dict(heads=heads, cos_sin=(jnp.cos(angle), jnp.sin(angle)), bias_F=draw(len(weight)) if bias else None)
     options |= dict(q_norm_H=draw(head_dim), k_norm_H=draw(head_dim), eps=1e-6) if normed else {}
