@@ -82,7 +82,7 @@ def blocks(op: str, device_kind: str, shape: Shape) -> Decode | Prefill:
     if not rows:
         return default(op, shape)
     nearest = min(rows, key=shape.apart)
-    return KINDS[op](**{field.name: nearest[field.name] for field in fields(KINDS[op]) if field.name in nearest})
+    return KINDS[op](**{field.name: nearest[field.name] for field in fields(KINDS[op])})
 
 
 def default(op: str, shape: Shape) -> Decode | Prefill:

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels import Rows, capability_of, implementation_for, paged_attention, plan_work, write_kv
+from pallas_kernels import Rows, attention, capability_of, implementation_for, paged_attention, plan_work, write_kv
 from pallas_kernels.attention import IMPLEMENTATIONS, misses
+from pallas_kernels.blocks import Decode, blocks
 from pallas_kernels.shapes import CORRECT, SMALL, Case, Heads
 from pallas_kernels.work import lanes, tiles
 
@@ -136,6 +137,16 @@ def test_random_rows(implementation, window, softcap):
             np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
     holds()
+
+
+def test_an_early_join_has_the_next_kernel_launched(monkeypatch):
+    def traced(early: bool) -> str:
+        monkeypatch.setattr(attention, "blocks", lambda op, *shape: replace(sizes, early=early) if op == "decode" else blocks(op, *shape))
+        run = partial(attend, case=CORRECT["decode"], implementation="portable")
+        return str(jax.make_jaxpr(run)(jax.tree.map(jnp.asarray, draw(CORRECT["decode"]))))
+
+    sizes, _ = Decode(64), jax.clear_caches()
+    assert traced(True).count("griddepcontrol.launch_dependents") == 1 and "griddepcontrol" not in traced(False)
 
 
 def test_inside_shard_map():

@@ -68,6 +68,11 @@ def test_tuning_writes_what_plans_then_read(table, monkeypatch):
         path = kernels.tune("Some GPU", 1, cases, table)
     assert path.name == "some-gpu.json" and len(json.loads(path.read_text())["rows"]) == 2
 
+    path.write_text(path.read_text().replace('"early": false', '"early": true', 1))
+    kernels.tune("Some GPU", 1, cases, table)
+    assert [row["early"] for row in json.loads(path.read_text())["rows"]] == [True, False], "no kernel alone could tell"
+    path.write_text(path.read_text().replace("true", "false"))
+
     def chosen(rows, head_dim=64, dtype="bfloat16", kind="Some GPU", group=7, length=131_072):
         return blocks.blocks("decode", kind, blocks.Shape(head_dim, group, 64, dtype, rows, length))
 

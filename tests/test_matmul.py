@@ -83,6 +83,17 @@ def test_one_row_is_normed_multiplied_gated_and_added(inputs, features, together
     assert apart(one_row(x, weight, residual_1F=residual), exact(x, weight, residual=residual)) < 6e-3
 
 
+@pytest.mark.parametrize("together", [4, 2])
+def test_an_early_tile_has_the_next_kernel_launched(together):
+    """After the last of a program's weights, and once."""
+
+    def traced(early: bool) -> str:
+        tile = matmul_one_row.Tile(4, together, 1, early=early)
+        return str(jax.make_jaxpr(partial(matmul_one_row.linear, tile=tile, act=SILU))(draw(1, 512), draw(32, 512)))
+
+    assert traced(True).count("griddepcontrol.launch_dependents") == 1 and "griddepcontrol" not in traced(False)
+
+
 @pytest.mark.parametrize(
     ("tile", "bias", "pairs", "normed"),
     [
