@@ -47,6 +47,13 @@ def products(model: str, devices: int = 1) -> dict[str, Product]:
     }
 
 
+def with_head(model: str, rows: int, devices: int = 1) -> dict[str, Product]:
+    """`products`, and for one row on one device the head's, which a kernel of ours makes as well."""
+    shape = Shape.of(SHAPES[model])
+    assert shape is not None
+    return products(model, devices) | ({"head": Product(shape.vocab, shape.hidden)} if (rows, devices) == (1, 1) else {})
+
+
 @dataclass(frozen=True)
 class Call:
     """One product with what stands around it in a layer, and what it means in float64."""
@@ -66,6 +73,8 @@ class Call:
             return cls(product, weights, x, {"live_3": jnp.full(3, rows, jnp.int32)})
         if name in ("qkv", "gate_up"):
             return cls(product, weights, x, {"norm_D": 1 + jax.random.normal(key, (product.inputs,), jnp.bfloat16) / 8})
+        if name == "head":
+            return cls(product, weights, x, {})
         return cls(product, weights, x, {"residual_1F": jax.random.normal(key, (1, product.features), jnp.bfloat16)})
 
     def meant(self) -> np.ndarray:

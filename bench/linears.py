@@ -4,6 +4,7 @@ Beside each time stands what reading the weights must take. Before it is timed, 
 256, 384 and 512 rows the tile in the package's `tuning/linear/` folder, if it has one, is timed beside XLA's own product, compiled as in a
 step of so many rows, and marked as compared. `--tune` tries tiles first (`bench.tiles`), and writes the fastest into that folder, unless
 XLA's product is faster. `--widths` only prints what tiles of each width take, of 768 rows and more. Of several devices one's part is timed.
+For one row the head is a product as well.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 
 import pallas_kernels
 from bench import calls, record
-from bench.calls import Call, compiled, products
+from bench.calls import Call, compiled, products, with_head
 from bench.tiles import MANY, time_widths, tune, tune_many, tuned, write
 from bench.workloads import MACHINES, SHAPES
 from pallas_kernels.matmul import WIDE_ROWS, Product, many_rows_tile, one_row_tile
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.tune:
         for model, rows in itertools.product(args.model, args.rows):
             devices = args.tensor_parallel_size
-            each = products(model, devices)
+            each = with_head(model, rows, devices)
             if rows == 1:
                 found = [tune(kind, name, product) for name, product in each.items()]
             else:
@@ -90,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     command = record.command("python -m bench.linears", argv, args.results)
     for model in args.model:
         for count in args.rows:
-            each = products(model, args.tensor_parallel_size)
+            each = with_head(model, count, args.tensor_parallel_size)
             made = [
                 compare(kind, model, name, product, count, device.core_count, args.tensor_parallel_size) for name, product in each.items()
             ]

@@ -35,7 +35,15 @@ def test_products_are_those_of_the_shapes():
         calls.products("qwen2.5-3b", 4)
 
 
-@pytest.mark.parametrize("product", [p for model in linears.MODELS for p in calls.products(model).values()], ids=str)
+def test_one_row_s_head_is_a_product_of_ours():
+    assert calls.with_head("qwen2.5-0.5b", 1) == calls.products("qwen2.5-0.5b") | {"head": Product(151936, 896)}
+    assert calls.with_head("qwen2.5-0.5b", 8) == calls.products("qwen2.5-0.5b")
+    assert calls.with_head("llama-3-70b", 1, 4) == calls.products("llama-3-70b", 4)
+    call = calls.Call.draw(Product(24, 96), "head", 1)
+    assert not call.around and call.meant().shape == (1, 24), "its input is normed before, and nothing is added to it"
+
+
+@pytest.mark.parametrize("product", [p for model in linears.MODELS for p in calls.with_head(model, 1).values()], ids=str)
 def test_every_tile_that_is_tried_fits_into_registers(product):
     found = tiles.candidates(product)
     assert len(found) >= 8 and len(set(found)) == len(found)
