@@ -327,7 +327,7 @@ def tune(device_kind: str, repeats: int, cases: dict[str, Case], folder: Path) -
             continue
         before = [row for row in kept if all(row.get(key) == value for key, value in shape.items())]
         kept = [row for row in kept if row not in before]
-        early = {"early": True} if any(row.get("early") for row in before) else {}  # told by steps, not by a kernel alone
+        early = next(({"early": row["early"]} for row in before if "early" in row), {})  # told by steps, not by a kernel alone
         kept.append(shape | asdict(best) | early | {"us": {str(length): round(us * 1e6, 2) for length, us in times.items()}})
         _write_table(path, device_kind, kept)
         print(f"{name:30} {best} {kept[-1]['us']}", flush=True)

@@ -23,6 +23,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.attention_portable import F16_MAX, FP8, LN2, LOG2E, LOW, WIDENED, _dot, _exp2, _unit
 from pallas_kernels.blocks import Decode, features
+from pallas_kernels.launch import launch_next
 from pallas_kernels.work import CUT, ROW, Rows, Shares
 
 JOINED = 64  # numbers of parts that a thread joins in one turn: one row of 640 tokens has ten parts, and a turn waits for memory
@@ -284,13 +285,6 @@ def _join_cut(options: _Options, refs, cuts):
     lax.fori_loop(jnp.int32(0), jnp.int32(2), look, jnp.int32(-1))
 
 
-def _launch_next(x_R, arrived):
-    """x_R itself. Once all workers have ended or come by, the next kernel may be launched, while these join (PTX ISA, griddepcontrol)."""
-    result, after = jax.ShapeDtypeStruct(x_R.shape, x_R.dtype), jnp.broadcast_to(arrived, x_R.shape)
-    asm = "griddepcontrol.launch_dependents; mov.b32 $0, $1;"
-    return plt.elementwise_inline_asm(asm, args=[x_R, after], constraints="=f,f,r", pack=1, result_shape_dtypes=[result])[0]
-
-
 def _join(options: _Options, refs, row, head, first, last, arrived):
     """Write a (row, head) from the parts that workers [first, last] left. arrived: how many had before this one."""
     lines = pl.next_power_of_2(options.group)
@@ -312,7 +306,8 @@ def _join(options: _Options, refs, row, head, first, last, arrived):
         return new_R, sum_R * keep_R + jnp.sum(weight_TR, axis=0), o_RH * keep_R[:, None] + more_RH
 
     low_R = jnp.full(lines, LOW, jnp.float32)
-    low_R = _launch_next(low_R, arrived) if options.blocks.early and not options.interpret else low_R
+    if options.blocks.early and not options.interpret:
+        low_R = launch_next(low_R, arrived + 1)  # always, and not before this worker knows that it is the last
     nothing = low_R, jnp.zeros(lines, jnp.float32), jnp.zeros((lines, feature.shape[0]), jnp.float32)
     peak_R, sum_R, o_RH = lax.fori_loop(jnp.int32(0), lax.div(last - first + together, jnp.int32(together)), turn, nothing)
     sum_R, lane_R = jnp.maximum(sum_R, 1e-30), head * options.group + line

@@ -21,6 +21,8 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.launch import launch_next
+
 PACK = 8  # inputs of a turn that a thread has: 16 bytes
 
 
@@ -224,7 +226,7 @@ def _multiply(row: _Row, weight_ref, size: int, halves: Callable[[Array], list[A
 
     def finished(i, sums, square_S):
         if tile.early and not row.interpret:
-            sums = [*sums[:-1], _launch_next(sums[-1], i == runs - 1)]
+            sums = [*sums[:-1], launch_next(sums[-1], i == runs - 1, pack=PACK)]
         finish(*run(i), [row.scaled(jnp.sum(total, axis=1), square_S) for total in sums])
 
     if runs == 1:  # the row comes along, turn by turn
@@ -250,16 +252,6 @@ def _multiply(row: _Row, weight_ref, size: int, halves: Callable[[Array], list[A
         return ()
 
     _repeated(runs, one, (), lambda i: [fetched(i, turn) for turn in turns], tile.ahead)
-
-
-def _launch_next(total_FS, now):
-    """total_FS itself. Once all programs have come by with `now`, the next kernel may be launched (PTX ISA, griddepcontrol)."""
-    move = "".join(f"mov.b32 ${i}, ${PACK + i};" for i in range(PACK))
-    asm = f"{{ .reg .pred p; setp.ne.b32 p, ${2 * PACK}, 0; @p griddepcontrol.launch_dependents; {move} }}"
-    flag_FS = jnp.broadcast_to(jnp.asarray(now, jnp.int32), total_FS.shape)
-    constraints = ",".join(["=f"] * PACK + ["f"] * PACK + ["r"] * PACK)
-    result = jax.ShapeDtypeStruct(total_FS.shape, jnp.float32)
-    return plt.elementwise_inline_asm(asm, args=[total_FS, flag_FS], constraints=constraints, pack=PACK, result_shape_dtypes=[result])[0]
 
 
 def _repeated(count: int, turn: Callable[..., Any], state: Any, fetched: Callable[[Any], Any], ahead: bool) -> Any:
