@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.blocks import default_device
-from pallas_kernels.work import when_live
+from pallas_kernels.work import each_live, programs
 
 FP8_MAX = 448.0
 
@@ -90,7 +90,7 @@ def _write_kernel(k_ref, v_ref, slot_ref, _k, _v, k_pages_ref, v_pages_ref):
         plt.store(pages_ref.at[page, head_K1, place, feature_1H], new_KH, mask=live_KH)
 
 
-HEADS = 8  # that a program turns and writes
+HEADS = 8  # that a program turns and writes at a time
 
 
 def turn_and_write(
@@ -135,13 +135,14 @@ def turn_and_write(
         extras |= {"cos": cos_sin[0].reshape(-1, pairs), "sin": cos_sin[1].reshape(-1, pairs)}
     extras = {name: x for name, x in extras.items() if x is not None}
     count, pages = 2 + len(extras), (k_pages, v_pages)
+    how = dict(heads=heads, parts=qkv_PNF.shape[0], pairs=pairs, eps=eps, offset=offset)
     made = pl.pallas_call(
-        partial(_turn_kernel, names=tuple(extras), heads=heads, parts=qkv_PNF.shape[0], pairs=pairs, eps=eps, offset=offset),
-        grid=(slot_N.shape[0], pl.cdiv(heads + 2 * kv_heads, HEADS)),
+        partial(_turn_kernel, names=tuple(extras), **how),
+        grid=(programs(slot_N.shape[0], live_3), pl.cdiv(heads + 2 * kv_heads, HEADS)),
         out_shape=[jax.ShapeDtypeStruct((slot_N.shape[0], heads, head_dim), k_pages.dtype)]
         + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages],
         input_output_aliases={count: 1, count + 1: 2},
-        compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=4 if how["parts"] == 1 else 8, num_stages=1),
         interpret=interpret,
         name="turn_and_write",
     )(qkv_PNF, slot_N, *extras.values(), *pages)
@@ -169,50 +170,53 @@ def _turn_reference(k_pages, v_pages, qkv_PNF, slot_N, heads, bias_F, cos_sin, q
 
 
 def _turn_kernel(qkv_ref, slot_ref, *refs, names, **options):
-    extras, token, first = dict(zip(names, refs, strict=False)), pl.program_id(0), pl.program_id(1) * HEADS
-    when_live(extras.get("live"), token, lambda: _turn_token(qkv_ref, slot_ref, extras, refs[-3:], token, first, **options))
+    extras, first = dict(zip(names, refs, strict=False)), pl.program_id(1) * HEADS
+    each_live(extras.get("live"), lambda token: _turn_token(qkv_ref, slot_ref, extras, refs[-3:], token, first, **options))
 
 
 def _turn_token(qkv_ref, slot_ref, extras, outputs, token, first, *, heads, parts, pairs, eps, offset):
+    """A token's heads from `first` on, in pieces of features: those that are turned with each other, and those that are not turned."""
     q_ref, k_pages_ref, v_pages_ref = outputs
     _, kv_heads, page_size, head_dim = k_pages_ref.shape
     head_K1 = (first + jnp.arange(HEADS))[:, None]
-    feature_1H = jnp.arange(pl.next_power_of_2(head_dim))[None, :]
-    live = (head_K1 < heads + 2 * kv_heads) & (feature_1H < head_dim)
     is_q, is_v = head_K1 < heads, head_K1 >= heads + kv_heads
+
+    def piece(begin, size):
+        """A piece's features, and whether they exist."""
+        feature_1S = begin + jnp.arange(pl.next_power_of_2(size))[None, :]
+        return feature_1S, (head_K1 < heads + 2 * kv_heads) & (feature_1S < begin + size)
 
     def load(ref, *index, mask):
         return plt.load(ref.at[*index], mask=mask, other=0.0).astype(jnp.float32)
 
-    def summed(feature):
-        """These features of this program's heads."""
+    def summed(feature, live):
         column = head_K1 * head_dim + feature
         total = load(qkv_ref, 0, token, column, mask=live)
         for part in range(1, parts):
             total += load(qkv_ref, part, token, column, mask=live)
         return total + load(extras["bias"], column, mask=live) if "bias" in extras else total
 
-    def normed(x, unit, feature):
+    def normed(x, unit, feature, live):
         for name, own in (("q_norm", is_q), ("k_norm", ~is_q & ~is_v)):
             if name in extras:
                 weight = load(extras[name], jnp.broadcast_to(feature, live.shape), mask=live) + offset
                 x = jnp.where(own, x * unit * weight, x)
         return x
 
-    x = summed(feature_1H)
-    unit = lax.rsqrt(jnp.sum(x * x, axis=1)[:, None] / head_dim + eps)
-    out = normed(x, unit, feature_1H)
+    pieces = [piece(begin, size) for begin, size in ((0, pairs), (pairs, pairs), (2 * pairs, head_dim - 2 * pairs)) if size]
+    out = [summed(*each) for each in pieces]
+    if "q_norm" in extras or "k_norm" in extras:
+        squares_K = sum((jnp.sum(x * x, axis=1) for x in out), jnp.zeros(HEADS, jnp.float32))
+        unit = lax.rsqrt(squares_K[:, None] / head_dim + eps)
+        out = [normed(x, unit, *each) for x, each in zip(out, pieces, strict=True)]
     if pairs:
-        turned = feature_1H < 2 * pairs
-        other_1H = jnp.where(feature_1H < pairs, feature_1H + pairs, jnp.where(turned, feature_1H - pairs, feature_1H))
-        other = normed(summed(other_1H), unit, other_1H)  # a second read, from the first-level cache
-        pair_1H = jnp.where(feature_1H < pairs, feature_1H, other_1H)
-        cos, sin = (load(extras[name], token, pair_1H, mask=turned) for name in ("cos", "sin"))
-        rotated = out * cos + jnp.where(feature_1H < pairs, -other, other) * sin
-        out = jnp.where(turned & ~is_v, rotated, out)
-    out = out.astype(q_ref.dtype)
+        (a, b, *rest), (pair, _) = out, pieces[0]
+        cos, sin = (load(extras[name], token, pair, mask=pair < pairs) for name in ("cos", "sin"))
+        out = [jnp.where(is_v, a, a * cos - b * sin), jnp.where(is_v, b, b * cos + a * sin), *rest]
     slot = plt.load(slot_ref.at[token])
     page, place = lax.div(slot, jnp.int32(page_size)), lax.rem(slot, jnp.int32(page_size))
-    plt.store(q_ref.at[token, head_K1, feature_1H], out, mask=live & is_q)
-    plt.store(k_pages_ref.at[page, head_K1 - heads, place, feature_1H], out, mask=live & ~is_q & ~is_v)
-    plt.store(v_pages_ref.at[page, head_K1 - heads - kv_heads, place, feature_1H], out, mask=live & is_v)
+    for x, (feature, live) in zip(out, pieces, strict=True):
+        x = x.astype(q_ref.dtype)
+        plt.store(q_ref.at[token, head_K1, feature], x, mask=live & is_q)
+        plt.store(k_pages_ref.at[page, head_K1 - heads, place, feature], x, mask=live & ~is_q & ~is_v)
+        plt.store(v_pages_ref.at[page, head_K1 - heads - kv_heads, place, feature], x, mask=live & is_v)

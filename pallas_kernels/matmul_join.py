@@ -1,6 +1,6 @@
 """What stands between two products of a decode step: the first one's parts are summed onto the residual stream, and normed for the next.
 
-One program a row, in Pallas-Triton. P parts, N rows, D model.
+A program takes a row, or several, in Pallas-Triton. P parts, N rows, D model.
 """
 
 from functools import partial
@@ -11,7 +11,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.work import when_live
+from pallas_kernels.work import each_live, programs
 
 
 def join(
@@ -33,7 +33,7 @@ def join(
     extras = {name: x for name, x in (("parts", parts_PND), ("live", live_3)) if x is not None}
     made = pl.pallas_call(
         partial(_kernel, names=tuple(extras), size=size, eps=eps, offset=offset),
-        grid=(rows,),
+        grid=(programs(rows, live_3),),
         out_shape=out,
         compiler_params=plt.CompilerParams(num_warps=4 if size <= 2048 else 16, num_stages=1),
         interpret=interpret,
@@ -44,8 +44,7 @@ def join(
 
 def _kernel(h_ref, norm_ref, *refs, names, size, eps, offset):
     extras, outputs = dict(zip(names, refs, strict=False)), refs[len(names) :]
-    row = pl.program_id(0)
-    when_live(extras.get("live"), row, lambda: _join(h_ref, norm_ref, extras.get("parts"), outputs, row, size, eps, offset))
+    each_live(extras.get("live"), lambda row: _join(h_ref, norm_ref, extras.get("parts"), outputs, row, size, eps, offset))
 
 
 def _join(h_ref, norm_ref, parts_ref, outputs, row, size, eps, offset):

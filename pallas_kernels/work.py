@@ -152,13 +152,31 @@ def live_rows(rows: Rows) -> Array:
     return jnp.stack([last, jnp.int32(count), jnp.int32(count)])
 
 
-def when_live(live_ref: Any, lane: Any, run: Callable[[], None]) -> None:
-    """What a Pallas-Triton kernel does for one lane, unless `live_ref` holds what `live` made and the lane is padding."""
+PROGRAMS = 1024  # enough to fill a GPU
+
+
+def programs(rows: int, live_3: Array | None) -> int:
+    """How many a Pallas-Triton kernel has that calls `each_live`: one a lane, if all are wanted.
+
+    Else there are no more than can run at a time: beginning 7,000 that find their lanes empty takes longer than 2,000 need for theirs.
+    """
+    return rows if live_3 is None else min(rows, PROGRAMS)
+
+
+def each_live(live_ref: Any, run: Callable[[Any], None]) -> None:
+    """Calls `run` with the lanes of this program of `programs`: one, or its share of those that hold a token, as `live` made `live_ref`."""
+    program, count = pl.program_id(0), pl.num_programs(0)
     if live_ref is None:
-        run()
+        run(program)
         return
     first, begin, end = (plt.load(live_ref.at[jnp.int32(i)]) for i in range(3))
-    pl.when((lane < first) | ((lane >= begin) & (lane < end)))(run)
+
+    def turn(i, _):
+        place = program + i * count
+        run(jnp.where(place < first, place, begin + place - first))
+        return ()
+
+    lax.fori_loop(jnp.int32(0), lax.div(first + end - begin - program + count - 1, jnp.int32(count)), turn, ())
 
 
 def shares(rows: Rows, *, kv_heads: int, page_size: int, kv_block: int, window: int | None, workers: int) -> Shares:

@@ -16,7 +16,7 @@ from bench.calls import products
 from jaxllm.parallel import on_each, spec
 from jaxllm.plan import Bucket
 from jaxllm.programs import step_options
-from pallas_kernels import Rows, head_for, linears_for, matmul, matmul_one_row, matmul_sm90_wide, turn_and_write
+from pallas_kernels import Rows, head_for, linears_for, matmul, matmul_one_row, matmul_sm90_wide, turn_and_write, work
 from pallas_kernels.matmul import ManyRows, Product, many_rows_tile
 from pallas_kernels.matmul_join import join
 from pallas_kernels.matmul_sm90_wide import Tile, clocks, tile_for
@@ -100,8 +100,9 @@ def test_float32_comes_out_where_it_is_wanted(width, capfd):
 
 
 @pytest.mark.parametrize("parts", [None, 2])
-def test_a_norm_leaves_padding_out(parts):
-    """Lanes that hold a token are summed and normed as ever, to the bit; of the others nothing is written."""
+def test_a_norm_leaves_padding_out(parts, monkeypatch):
+    """Lanes that hold a token are summed and normed as ever, to the bit, several by each program; of the others nothing is written."""
+    monkeypatch.setattr(work, "PROGRAMS", 2)
     h, norm = draw(12, 96), draw(1, 96)[0]
     given = None if parts is None else jnp.stack([draw(12, 96).astype(jnp.float32)] * parts)
     run = partial(join, h, given, norm, eps=1e-6, interpret=True)
@@ -111,7 +112,8 @@ def test_a_norm_leaves_padding_out(parts):
     assert not np.array_equal(np.asarray(run(live_3=jnp.array([3, 5, 7]))[1][3:5], float), np.asarray(run()[1][3:5], float))
 
 
-def test_a_turn_and_write_leaves_padding_out():
+def test_a_turn_and_write_leaves_padding_out(monkeypatch):
+    monkeypatch.setattr(work, "PROGRAMS", 2)
     pages, qkv, slot = jnp.zeros((9, 2, 16, 64), jnp.bfloat16), draw(8, 10 * 64)[None], 16 + 16 * jnp.arange(8)
     run = partial(turn_and_write, pages, pages, qkv, slot, heads=6, implementation="portable", interpret=True)
     here, whole, some = kept(8, (2, 5, 6)), run(), run(live_3=jnp.array([2, 5, 6]))
