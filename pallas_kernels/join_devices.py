@@ -80,6 +80,7 @@ def join(h_ND: Array, parts_PND: Array, norm_D: Array, addresses_V2: Array, *, e
         grid_names=("row",),
         num_threads=1,
         thread_name="warpgroup",
+        kernel_name="join_devices",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(h_ND, parts_PND, norm_D, addresses_V2)
     return made[0], made[1]

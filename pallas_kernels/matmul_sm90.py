@@ -74,6 +74,7 @@ def linear(
         grid_names=("tile", "part"),
         num_threads=groups + 1,
         thread_name="warpgroup",
+        kernel_name="linear_many_rows",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         **cluster,

@@ -164,6 +164,7 @@ def linear(
         grid_names=("worker",),
         num_threads=GROUPS + 1,
         thread_name="warpgroup",
+        kernel_name="linear_wide",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
         **clusters,
