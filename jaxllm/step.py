@@ -157,10 +157,11 @@ def _one_step(
 ):
     """Model and draw once; `i` of the repetitions came before."""
     batch = unpack(packed, bucket, plan.page_size, last_S, table_MP)
-    works = _works(decoder.c, plan, implementation, batch.rows, bucket)
     patching = None if patch is None else Patching(patch_S or {}, batch.slot_N, batch.position_N, patch)
     # The fused kernels have no sites.
     linears = _linears(decoder, plan, mesh, implementation, bucket, batch.rows, addresses_WV2) if patch is None else None
+    skips = isinstance(linears, ManyRows) and linears.live_3 is not None
+    works = _works(decoder.c, plan, implementation, batch.rows, bucket, zeros=not skips)
     context = PagedContext(batch.rows, batch.kv_slot_N, works, mesh, linears, patching)
     hidden_ND, cache = decoder(batch.token_N, batch.position_N, cache, context)
     hidden_MD = hidden_ND[batch.logit_lane_M] if bucket.chunk else hidden_ND
@@ -235,7 +236,8 @@ def skips_padding(decoder: Decoder, plan: Plan, mesh: Mesh, implementation: str,
     return mesh.size == 1 and ours(decoder, plan, mesh, implementation, plan.largest, patch)
 
 
-def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket) -> dict[str, Work]:
+def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, bucket: Bucket, zeros: bool) -> dict[str, Work]:
+    """zeros: somebody reads lanes that no row owns."""
     return {
         str(window): plan_work(
             rows,
@@ -247,6 +249,7 @@ def _works(model: ModelConfig, plan: Plan, implementation: str, rows: Rows, buck
             window=window,
             chunk=bucket.chunk,
             decodes=bucket.rows > 1 or not bucket.chunk,  # the scheduler puts a lone decode into a shape without chunk lanes
+            zeros=zeros,
             implementation=implementation,
         )
         for window in {layer.window for layer in model.layers}

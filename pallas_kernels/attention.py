@@ -114,6 +114,7 @@ def plan_work(
     window: int | None = None,
     chunk: int = 0,
     decodes: bool = True,
+    zeros: bool = True,
     sinks: bool = False,
     lse: bool = False,
     implementation: str | None = None,
@@ -121,11 +122,12 @@ def plan_work(
 ) -> Work:
     """The work lists of one step, for all layers of this shape and window.
 
-    kv_heads, group: kv heads on this device and query heads for each of them. dtype: the pages'. window: a token sees itself and the
-    window - 1 tokens before it; None sees all. chunk: T, the chunk lanes of the step's bucket. decodes: False promises that no row
-    decodes, and leaves out the kernels for those that do. sinks, lse: whether the calls will bring sinks and want log-sum-exps.
-    implementation: None takes what `implementation_for` says about the default device. interpret: run GPU kernels in their interpreters,
-    slowly, on a CPU. Raises NotImplementedError if the named implementation cannot do this, ValueError if the arguments are wrong.
+    kv_heads, group: kv heads on this device and query heads for each of them. dtype: the pages'. window: a token sees itself and the window
+    - 1 tokens before it; None sees all. chunk: T, the chunk lanes of the step's bucket. decodes: False promises that no row decodes, and
+    leaves out the kernels for those that do. zeros: False allows lanes that no row owns to hold anything. sinks, lse: whether the calls
+    will bring sinks and want log-sum-exps. implementation: None takes what `implementation_for` says about the default device. interpret:
+    run GPU kernels in their interpreters, slowly, on a CPU. Raises NotImplementedError if the named implementation cannot do this,
+    ValueError if the arguments are wrong.
     """
     _check_rows(rows)
     if window is not None and window < 1:
@@ -144,7 +146,7 @@ def plan_work(
     return Work(
         lanes=None if kernel else lanes(rows, chunk),
         shares=_shares(rows, kv_heads, page_size, decode, window, interpret) if kernel and decodes else None,
-        tiles=_tiles(rows, implementation, group, prefill, chunk, decodes) if kernel and chunk else None,
+        tiles=_tiles(rows, implementation, group, prefill, chunk, decodes, zeros) if kernel and chunk else None,
         implementation=implementation,
         page_size=page_size,
         kv_heads=kv_heads,
@@ -163,9 +165,9 @@ def _shares(rows: Rows, kv_heads: int, page_size: int, decode: Decode, window: i
     return shares(rows, kv_heads=kv_heads, page_size=page_size, kv_block=decode.kv_block, window=window, workers=workers)
 
 
-def _tiles(rows: Rows, implementation: str, group: int, prefill: Prefill, chunk: int, decodes: bool) -> Tiles:
+def _tiles(rows: Rows, implementation: str, group: int, prefill: Prefill, chunk: int, decodes: bool, zeros: bool) -> Tiles:
     if implementation == "sm90":
-        return tiles(rows, chunk=chunk, tile=attention_sm90_prefill.tile_tokens(group), gaps=True, decodes=decodes)
+        return tiles(rows, chunk=chunk, tile=attention_sm90_prefill.tile_tokens(group), gaps=zeros, decodes=decodes or not zeros)
     return tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group, prefill))
 
 
@@ -200,8 +202,9 @@ def paged_attention(
     """Attention of each query token to its own row's tokens, up to itself -> [N, Q, H] in q's dtype.
 
     q_NQH: token i < M is row i's decode token, token M + j is chunk token j (see `Rows`); in the pages' dtype, or any floating dtype for
-    float8_e4m3fn pages. k_pages, v_pages: [P, K, page_size, H], with this step's K and V already written. The score of a query and a key
-    is softcap * tanh(scale * q.k / softcap), or scale * q.k without a softcap. Lanes that no row owns give zeros.
+    float8_e4m3fn pages. k_pages, v_pages: [P, K, page_size, H], with this step's K and V already written. The score of a query and a key is
+    softcap * tanh(scale * q.k / softcap), or scale * q.k without a softcap. Lanes that no row owns give zeros, unless the plan was made
+    without.
 
     sinks_Q: a score for each query head that joins its softmax as one more key would, whose value is zero (gpt-oss's learned sinks).
     k_scale_K, v_scale_K: float32, what the numbers in float8_e4m3fn pages are multiplied by, for each kv head; None is 1 (see `write_kv`).

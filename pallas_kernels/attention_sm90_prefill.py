@@ -79,9 +79,9 @@ class _Options:
 def prefill(
     q_NQH: Array, k_pages: Array, v_pages: Array, rows: Rows, tiles: Tiles, *, workers: int, scale, window, softcap, interpret
 ) -> Array:
-    """Attention of the lanes that `tiles` has -> [N, Q, H]; zeros in those that no row owns; the others are not written.
+    """Attention of the lanes that `tiles` has -> [N, Q, H]; zeros in those of its gaps; the others are not written.
 
-    tiles: with gaps, see `work.tiles`. workers: thread blocks, one a multiprocessor.
+    tiles: see `work.tiles`. workers: thread blocks, one a multiprocessor.
     """
     kv_heads, page_size, head_dim = k_pages.shape[1:]
     group, dtype = q_NQH.shape[1] // kv_heads, k_pages.dtype
@@ -115,6 +115,7 @@ def prefill(
         grid_names=("worker",),
         num_threads=ATTENDING + 1,
         thread_name="warpgroup",
+        kernel_name="paged_prefill",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )(
