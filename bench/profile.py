@@ -26,8 +26,8 @@ import numpy as np
 from bench import offline, record, workloads
 
 RAMP = 24  # steps of the workload before anything is timed
-# What the profiler adds for itself, what only waits, and Python's own calls.
-_IDLE = ("ThreadpoolListener", "ThunkExecutor", "end: ", "$")
+# What the profiler adds for itself, and what only waits.
+_IDLE = ("ThreadpoolListener", "ThunkExecutor", "end: ")
 
 
 class Span(NamedTuple):
@@ -210,7 +210,7 @@ class _Timed:
 
 def profile(begin: Callable[[], Turner], steps: int, layers: int) -> Profile:
     """Times `steps` turns of the workload that `begin` begins, then begins it once more and traces the same turns."""
-    import jax
+    from jaxllm.engine import profile as trace
 
     turner = begin()
     turner.turn(RAMP)
@@ -221,9 +221,9 @@ def profile(begin: Callable[[], Turner], steps: int, layers: int) -> Profile:
     turner = begin()
     turner.turn(RAMP)
     with tempfile.TemporaryDirectory() as folder:
-        jax.profiler.start_trace(folder)
+        trace(folder)
         turner.turn(steps)
-        jax.profiler.stop_trace()
+        trace(None)
         found = spans(Path(folder))
     turner.stop()
     return summarise(found, steps=steps, layers=layers, wall_ms=1e3 * wall / steps, host_ms=1e3 * (wall - wait) / steps)

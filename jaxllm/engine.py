@@ -46,8 +46,10 @@ def profile(folder: str | None) -> None:
     """Starts JAX's profiler, which writes to the folder, or (None) ends it. Raises RuntimeError if one runs already, or none does."""
     if folder is None:
         jax.profiler.stop_trace()
-    else:
-        jax.profiler.start_trace(folder)
+        return
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0  # noting each call of a function slows the host until the GPU waits for it
+    jax.profiler.start_trace(folder, profiler_options=options)
 
 
 class Engine:

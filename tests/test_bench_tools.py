@@ -160,7 +160,6 @@ TRACE = [
     gpu("jit_step", 0.0, 300.0, "XLA Modules"),
     Span("/host:CPU", "python", "PjitFunction(step)", 0.0, 8.0),
     Span("/host:CPU", "python", "PjitFunction(step)", 110.0, 12.0),
-    Span("/host:CPU", "python", "$core.py:1 turn", 0.0, 300.0),
 ]
 
 
