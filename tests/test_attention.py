@@ -12,6 +12,7 @@ from attention_oracle import Inputs, attend, check, draw, on_gpu, oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
+from tiny import QUICK
 
 from pallas_kernels import Rows, attention, capability_of, implementation_for, paged_attention, plan_work, write_kv
 from pallas_kernels.attention import IMPLEMENTATIONS, misses
@@ -135,7 +136,8 @@ RANDOM = Case(Heads(4, 2, 16), (0,) * 4, page_size=8, dtype="float32", spare=24)
 def test_random_rows(implementation, window, softcap):
     case, random = replace(RANDOM, window=window, softcap=softcap), np.random.default_rng(7)
     q, k, v = (jnp.asarray(random.normal(size=size), jnp.float32) for size in ((28, 4, 16), (20, 2, 8, 16), (20, 2, 8, 16)))
-    run = jax.jit(partial(attend, case=case, implementation=implementation, interpret=implementation == "portable", lse=True))
+    attended = partial(attend, case=case, implementation=implementation, interpret=implementation == "portable", lse=True)
+    run = jax.jit(attended, compiler_options=QUICK)
 
     @settings(max_examples=25, deadline=None)
     @given(st.data())

@@ -20,6 +20,8 @@ from pallas_kernels.matmul_sm90 import linear as many_rows
 from pallas_kernels.matmul_sm90 import stages
 from pallas_kernels.matmul_sm90_wide import Tile as WideTile
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SMALL = Product(24, 96, True)
 
 

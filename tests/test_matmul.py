@@ -41,6 +41,8 @@ from pallas_kernels.blocks import file_name
 from pallas_kernels.matmul import ManyRows, OneRow, Product, many_rows_tile
 from pallas_kernels.matmul_join import join
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 RNG = np.random.default_rng(5)
 SILU = ACTIVATIONS["silu"]
 

@@ -22,6 +22,8 @@ from pallas_kernels.matmul_join import join
 from pallas_kernels.matmul_sm90_wide import Tile, clocks, tile_for
 from pallas_kernels.work import lanes, live, live_rows
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def kept(rows: int, filled: tuple[int, int, int] | None) -> np.ndarray:
     return np.arange(rows) if filled is None else np.r_[0 : filled[0], filled[1] : filled[2]]

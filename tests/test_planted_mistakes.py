@@ -19,6 +19,8 @@ from jaxllm.decoder import Decoder
 from jaxllm.parallel import make_mesh
 from jaxllm.weights import Weights
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 GEMMA3 = {"gemma3", "gemma3_old"}
 
 

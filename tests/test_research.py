@@ -18,6 +18,8 @@ from jaxllm.plan import Bucket
 from jaxllm.request import ConfigError, Request, SamplingParams
 from jaxllm.runner import Runner
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MIXED = [greedy("long", TOKENS[:21], 12), greedy("short", [5], 20), greedy("other", TOKENS[3:20], 5)]
 
 

@@ -20,6 +20,8 @@ from jaxllm.request import SamplingParams
 from jaxllm.sample import FLOATS, INTS, Sampling
 from pallas_kernels import sampling
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 DRAWS = 20_000
 LOGITS = np.array([2.0, 1.5, 1.5, 0.3, -0.2, -1.0, -3.0, 0.9, 1.1, -np.inf, 0.3], np.float32)
 

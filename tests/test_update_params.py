@@ -13,6 +13,8 @@ from twin import greedy, model, watched_answers, worst
 
 from jaxllm import LLM, ConfigError, EngineDeadError, Patch, Request, SamplingParams, load
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LINE = SamplingParams(temperature=0, max_tokens=12, logprobs=0, ignore_eos=True)
 
 

@@ -1,5 +1,6 @@
 """The golden checkpoints (tests/goldens, made by make_family_goldens.py) and our logits for them."""
 
+import contextlib
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,18 @@ ONE_OF_EACH = [
 TOKENS = np.load(GOLDENS / "tokens.npy")
 
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}  # compiling is most of what these tests do
+
+
+@contextlib.contextmanager
+def quickly():
+    """As QUICK, for everything that is compiled meanwhile on a CPU, in other threads too."""
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, before or jax.devices()[0].platform == "cpu")
+    try:
+        yield
+    finally:
+        jax.config.update(name, before)
 
 
 def decoder(name: str, devices: int = 1, dtype=jnp.float32) -> Decoder:
