@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from attention_oracle import on_gpu
 from engines import make_plan
-from test_matmul import LLAMA_8B, QWEN_05B, SILU, apart, decoder_mesh, decoder_of, draw, exact, gpu, shaken, step
+from test_matmul import LLAMA_8B, QWEN_05B, SILU, apart, decoder_mesh, decoder_of, draw, exact, gpu, plain_step, step
 
 from bench.calls import products
 from jaxllm.parallel import on_each, spec
@@ -186,9 +186,8 @@ def test_the_clocks_of_a_product_are_those_of_its_waves():
 def test_a_decoder_is_the_same_through_them(monkeypatch):
     """Five rows, of which three are filled: the logits of those, to what bfloat16 rounds; of the others there are none."""
     monkeypatch.setattr(matmul, "many_rows_tile", lambda *args, cores, trial: Tile(1))
-    decoder = shaken(decoder_of("qwen2"))
-    plain, _ = step(decoder, None, 5)
-    found, _ = step(decoder, ManyRows("cpu", 2, interpret=True, live_3=jnp.array([3, 5, 5], jnp.int32)), 5)
+    plain, _ = plain_step("qwen2", 5)
+    found, _ = step(decoder_of("qwen2"), ManyRows("cpu", 2, interpret=True, live_3=jnp.array([3, 5, 5], jnp.int32)), 5)
     assert apart(found[:3], plain[:3]) < 2e-2
     assert not np.allclose(found[3:], plain[3:], atol=0.05), "lanes without a token were computed"
 
