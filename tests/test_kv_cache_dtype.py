@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engines import answer, core
-from tiny import GOLDENS, decoder
+from tiny import GOLDENS, QUICK, decoder
 
 from converters.checkpoint import open_checkpoint
 from jaxllm.config import EngineConfig
@@ -31,10 +31,13 @@ class RoundingContext(DenseContext):
 def logprobs(context: DenseContext, tokens: list[int]) -> np.ndarray:
     """The log-probability of each token but the first, without a cache."""
     model = decoder("qwen3")
-    ids = jnp.asarray(tokens)
-    hidden_ND, _ = model(ids, jnp.arange(len(tokens)), None, context)
-    table = jax.nn.log_softmax(model.logits(hidden_ND))
-    return np.asarray(table[jnp.arange(len(tokens) - 1), ids[1:]])
+
+    @partial(jax.jit, compiler_options=QUICK)
+    def table(ids):
+        hidden_ND, _ = model(ids, jnp.arange(len(tokens)), None, context)
+        return jax.nn.log_softmax(model.logits(hidden_ND))
+
+    return np.asarray(table(jnp.asarray(tokens)))[np.arange(len(tokens) - 1), tokens[1:]]
 
 
 def test_an_engine_with_an_fp8_cache_reads_rounded_keys_and_values():

@@ -107,6 +107,7 @@ def test_nothing_compiles_as_parameters_and_data_change(llm, shipped):
     made, params, steer = shipped
     sets, vectors = [other(params, seed) for seed in range(3)], np.random.default_rng(0).normal(size=(3, made.config.d_model))
     jax.block_until_ready(sets)
+    logprobs = jax.jit(lambda params, tokens, data: made.logprobs(params, tokens, patch=steer, data=data))
     answers = []
     with counted_compilations() as compilations:
         for each in sets:
@@ -118,8 +119,8 @@ def test_nothing_compiles_as_parameters_and_data_change(llm, shipped):
     for each, outputs in zip(sets, answers, strict=True):
         assert [output.num_cached_tokens for output in outputs] == [0, 0]
         for output, data in zip(outputs, ({}, {"vector": vectors[0]}), strict=True):
-            tokens = [*output.prompt_token_ids, *output.outputs[0].token_ids]
-            exact = made.logprobs(each, tokens, patch=steer, data=data)[len(output.prompt_token_ids) - 1 :]
+            tokens = np.array([*output.prompt_token_ids, *output.outputs[0].token_ids])
+            exact = logprobs(each, tokens, data)[len(output.prompt_token_ids) - 1 :]
             assert output.outputs[0].logprobs is not None
             np.testing.assert_allclose([lp[0].logprob for lp in output.outputs[0].logprobs], exact, atol=2e-4)
 
