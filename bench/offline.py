@@ -1,4 +1,5 @@
-"""Measures the engine through its Python API, without HTTP: decode steps, prefill, and MIX, beside their limits and vLLM's figures.
+"""Measures the engine through its Python API, without HTTP: decode steps, prefill, MIX, and the load of a server's clients, beside their
+limits and vLLM's figures.
 
     python -m bench.offline --model llama-3.1-8b --load-format dummy --workload decode prefill mix --batch 1 64 256
 
@@ -9,19 +10,25 @@ asked, whatever end token the model chooses, and that is checked.
 
 import argparse
 import contextlib
+import itertools
 import json
 import queue
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bench import record, workloads
+from bench.answers import Answer, figures
 from jaxllm import LLM, Request, SamplingParams
 
+WORKLOADS = ("decode", "prefill", "long", "mix", "mix-sampled", "clients")
+WARM_TOKENS = 16  # of an answer before anything is timed
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, ignore_eos=True)
 
@@ -65,10 +72,18 @@ class Bench:
         yield self.row("long_ttft_s", one, "s", batch=1, context=prompt)
         yield self.row("long_decode_step_ms", 1e3 * (all_ - one) / workloads.DECODE_STEPS, "ms", batch=1, context=prompt)
 
+    def clients(self, count: int, requests: int, prompt: int, output: int) -> Iterator[record.Row]:
+        """What `bench serve` measures, without HTTP: so many clients at a time, of streams of equal lengths."""
+        found = figures(self.streamed(count, [prompt] * requests, [output] * requests)).keys
+        measured_on = dict(clients=count, requests=requests, lengths="fixed", input=prompt, output=output)
+        yield self.row("clients_tok_s", found["output_throughput"], "tok/s", **measured_on)
+        yield self.row("clients_ttft_mean_ms", found["mean_ttft_ms"], "ms", **measured_on)
+        yield self.row("clients_itl_p99_ms", found["p99_itl_ms"], "ms", **measured_on)
+
     def warm_up(self) -> None:
         """Touches what a first request touches (pages, caches of the host) before anything is timed."""
         for how in (GREEDY, SAMPLED):
-            self.seconds([workloads.DECODE_PROMPT] * 4, [16] * 4, how)
+            self.seconds([workloads.DECODE_PROMPT] * 4, [WARM_TOKENS] * 4, how)
 
     def _median(self, prompts: list[int], outputs: list[int]) -> float:
         return statistics.median(self.seconds(prompts, outputs, GREEDY) for _ in range(self._repeats))
@@ -96,6 +111,36 @@ class Bench:
                 raise output
         _check(outputs, [len(output.outputs[0].token_ids) for _, _, output in found])
         return [seconds for _, seconds, _ in found]
+
+    def streamed(self, clients: int, prompts: list[int], outputs: list[int]) -> list[Answer]:
+        """What clients hear of these requests, and when; each sends its next one when its last is answered."""
+        tokens, params = self._asked(prompts, outputs, GREEDY)
+        heard: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()  # of each request that ended
+        sent: dict[int, float] = {}
+        times: dict[int, list[float]] = defaultdict(list)
+
+        def hear(i: int, output: Any) -> None:
+            if isinstance(output, Exception):
+                heard.put(output)
+                return
+            times[i] += [time.perf_counter()] * sum(len(completion.token_ids) for completion in output.outputs)
+            if output.finished:
+                heard.put(None)
+
+        def send(i: int) -> None:
+            sent[i] = time.perf_counter()
+            self.llm.engine.submit(Request(f"bench-{i}", tuple(tokens[i]), params[i]), partial(hear, i))
+
+        waiting = iter(range(len(tokens)))
+        for i in itertools.islice(waiting, clients):
+            send(i)
+        for _ in tokens:
+            if (error := heard.get()) is not None:
+                raise error
+            for i in itertools.islice(waiting, 1):
+                send(i)
+        _check(outputs, [len(times[i]) for i in range(len(tokens))])
+        return [Answer(i, sent[i], prompts[i], outputs[i], tuple(times[i]), wanted=outputs[i]) for i in range(len(tokens))]
 
     def _asked(
         self, prompts: list[int], outputs: list[int], how: SamplingParams | Sequence[SamplingParams]
@@ -129,6 +174,9 @@ def engine_options(args: argparse.Namespace) -> dict[str, Any]:
         longest, rows = max(longest, 1 + max(args.prompt)), max(rows, workloads.PREFILL_BATCH)
     if "long" in args.workload:
         longest, rows = max(longest, args.context), max(rows, 1)
+    if "clients" in args.workload:
+        needed = max(args.input_len + args.output_len, workloads.DECODE_PROMPT + WARM_TOKENS)
+        longest, rows = max(longest, needed), max(rows, args.clients)
     if {"mix", "mix-sampled"} & set(args.workload):
         longest, rows = max(longest, 2048 + 1024), max(rows, workloads.MIX_ROWS)
     return options(args, longest, rows)
@@ -151,6 +199,8 @@ def run(bench: Bench, args: argparse.Namespace) -> Iterator[record.Row]:
             yield from (bench.prefill(prompt) for prompt in args.prompt)
         elif workload == "long":
             yield from bench.long(args.context)
+        elif workload == "clients":
+            yield from bench.clients(args.clients, args.num_prompts, args.input_len, args.output_len)
         else:
             yield bench.mix(sampled=workload == "mix-sampled")
 
@@ -178,10 +228,14 @@ def add_engine_arguments(made: argparse.ArgumentParser) -> None:
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="jaxllm bench offline", description="Measures the engine without HTTP.")
     add_engine_arguments(made)
-    made.add_argument("--workload", nargs="+", default=["decode"], choices=["decode", "prefill", "long", "mix", "mix-sampled"])
+    made.add_argument("--workload", nargs="+", default=["decode"], choices=WORKLOADS)
     made.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64, 256], help="decode: rows in a batch")
     made.add_argument("--prompt", nargs="+", type=int, default=list(workloads.PREFILL_PROMPTS), help="prefill: tokens in a prompt")
     made.add_argument("--context", type=int, default=131_072, help="long: tokens of the prompt and its answer (default: 131072)")
+    made.add_argument("--clients", type=int, default=256, help="clients: so many at a time (default: 256)")
+    made.add_argument("--num-prompts", type=int, default=1000, help="clients: requests (default: 1000)")
+    made.add_argument("--input-len", type=int, default=299, help="clients: tokens of a prompt (default: 299)")
+    made.add_argument("--output-len", type=int, default=209, help="clients: tokens of an answer (default: 209)")
     made.add_argument("--repeats", type=int, default=3, help="decode, prefill and long: the median of so many (default: 3)")
     record.add_arguments(made)
     return made

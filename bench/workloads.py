@@ -291,6 +291,6 @@ def limit(device: str, shape: Shape | None, row: dict[str, Any]) -> float | None
         return first if row["unit"] == "s" else 1e3 * step
     if row["name"] == "prefill_tok_s":
         return prefill_limit(shape, machine, row["context"], row["tp"])
-    if row["name"] == "serve_tok_s" and row["clients"] and row["lengths"] == "fixed" and "rate" not in row:
+    if row["name"] in ("serve_tok_s", "clients_tok_s") and row["clients"] and row["lengths"] == "fixed" and "rate" not in row:
         return serve_limit(shape, machine, row["clients"], row["input"], row["output"], row["tp"])
     return mix_limit(shape, machine, row["tp"]) if row["name"] in ("mix_s", "mix_sampled_s") else None

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -40,6 +41,54 @@ def llm(monkeypatch):
 def bench(llm, device="NVIDIA H200"):
     config = workloads.SHAPES["llama-3.1-8b"]
     return offline.Bench(llm, config=config, device=device, model="llama-3.1-8b", dtype="bfloat16", tp=1, repeats=3)
+
+
+class TurnedByHand(list):
+    """A queue that turns the engine until something is in it, and the engine: a turn takes 10 ms and gives each request a token."""
+
+    def __init__(self, llm):
+        self.llm, self.most = llm, 0
+        self.left: dict[str, tuple[int, Any]] = {}
+
+    def submit(self, request, listener):
+        self.left[request.id] = request.params.max_tokens, listener
+        self.most = max(self.most, len(self.left))
+
+    def put(self, item):
+        self.append(item)
+
+    def get(self):
+        while not self:
+            self.llm.now += 0.01
+            for name, (left, listener) in list(self.left.items()):
+                self.left[name] = left - 1, listener
+                if left == 1:
+                    del self.left[name]
+                listener(SimpleNamespace(outputs=[SimpleNamespace(token_ids=(7,))], finished=left == 1))
+        return self.pop(0)
+
+
+def test_clients_send_their_next_request_when_the_last_is_answered(llm, monkeypatch):
+    """Two of them, and three answers of four tokens: eight turns, in four of which one client has nothing to ask."""
+    llm.engine = TurnedByHand(llm)
+    monkeypatch.setattr(offline.queue, "SimpleQueue", lambda: llm.engine)
+    speed, first, gap = bench(llm).clients(2, 3, 299, 4)
+    assert llm.engine.most == 2 and not llm.engine.left
+    assert (speed["name"], speed["value"], speed["unit"]) == ("clients_tok_s", pytest.approx(12 / 0.08), "tok/s")
+    assert [row["value"] for row in (first, gap)] == pytest.approx([10, 10])
+    assert {key: speed[key] for key in ("clients", "requests", "lengths", "input", "output")} == {
+        "clients": 2, "requests": 3, "lengths": "fixed", "input": 299, "output": 4,
+    }  # fmt: skip
+    same = speed | {"name": "serve_tok_s"}
+    assert speed["limit"] == record.rounded(workloads.limit("NVIDIA H200", workloads.Shape.of(workloads.SHAPES["llama-3.1-8b"]), same))
+
+
+def test_an_engine_that_fails_its_clients_is_no_measurement(llm, monkeypatch):
+    engine = llm.engine = TurnedByHand(llm)
+    monkeypatch.setattr(offline.queue, "SimpleQueue", lambda: engine)
+    monkeypatch.setattr(engine, "submit", lambda request, listener: listener(RuntimeError("the engine is dead")))
+    with pytest.raises(RuntimeError, match="the engine is dead"):
+        list(bench(llm).clients(2, 3, 299, 4))
 
 
 def test_a_long_prompt_fills_the_context_but_for_its_answer(llm):
