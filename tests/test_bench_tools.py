@@ -5,6 +5,8 @@ import sys
 import time
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import pytest
 from engines import make_plan
 from fake_runner import FakeRunner
@@ -13,6 +15,7 @@ from test_bench_offline import FakeLLM
 from bench import checkpoints, compare, latency, offline, profile, record, startup, throughput, workloads
 from bench.profile import Span
 from converters.checkpoint import open_checkpoint
+from jaxllm.engine import profile as trace
 
 # ---------------------------------------------------------------------- latency, throughput
 
@@ -161,6 +164,15 @@ TRACE = [
     Span("/host:CPU", "python", "PjitFunction(step)", 0.0, 8.0),
     Span("/host:CPU", "python", "PjitFunction(step)", 110.0, 12.0),
 ]
+
+
+def test_a_trace_notes_none_of_pythons_calls(tmp_path):
+    """Hundreds of thousands in a second of steps, each of which the host would wait for. JAX's own are there."""
+    trace(str(tmp_path))
+    jax.block_until_ready(jnp.ones(3) + 1)
+    trace(None)
+    names = [span.name for span in profile.spans(tmp_path)]
+    assert any("PjitFunction" in name for name in names) and not any(name.startswith("$") for name in names)
 
 
 def test_a_trace_becomes_kernels_gaps_and_the_busy_share():
