@@ -19,6 +19,8 @@ from jaxllm.request import EngineDeadError, OverloadedError
 from serving.batch_files import Answers
 from serving.cli import main
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parent.parent
 
 

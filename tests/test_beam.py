@@ -13,6 +13,8 @@ from jaxllm import LLM, BeamSearchParams, RequestError, load
 from jaxllm.beam import search
 from jaxllm.request import Completion, Logprob, Output
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 WIDTH = 4
 
 

@@ -13,6 +13,8 @@ from jaxllm import LLM, batch, programs, step
 from jaxllm.plan import Bucket
 from pallas_kernels import attention, attention_reference
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KERNEL = Path(pallas_kernels.__file__).parent / "attention_reference.py"
 
 
