@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import subprocess
 import sys
+from functools import cache
 from types import SimpleNamespace
 
 import jax
@@ -16,12 +17,24 @@ from converters.checkpoint import open_checkpoint
 from jaxllm import LLM, SamplingParams, lowering
 from jaxllm.lowering import MOST, Answer, Recipe, helpers_for, lowered
 from jaxllm.parallel import make_mesh
+from jaxllm.plan import Bucket
 
 
 def recipe(devices: int = 1, **changes) -> Recipe:
     model = open_checkpoint(GOLDENS / "qwen2").config.for_context(48)
     plan = make_plan(tensor_parallel_size=devices, **changes)
     return Recipe(model, plan, make_mesh(jax.devices()[:devices]), "reference")
+
+
+def short() -> Recipe:
+    """Of fewer steps: what matters is that all are lowered."""
+    return recipe(buckets=(Bucket(0, 1), Bucket(0, LANES)))
+
+
+@cache
+def alone(devices: int) -> dict[str, str]:
+    """What this process makes of the recipe."""
+    return texts(recipe(devices), helpers=0)
 
 
 def texts(made: Recipe, helpers: int) -> dict[str, str]:
@@ -57,7 +70,7 @@ def helped(monkeypatch) -> SimpleNamespace:
 @pytest.mark.parametrize("devices", [1, 2])
 def test_helpers_lower_to_the_same_text(devices, helped):
     made = recipe(devices)
-    assert texts(made, helpers=2) == texts(made, helpers=0)
+    assert texts(made, helpers=2) == alone(devices)
     assert sorted(helped.adopted) == sorted(program.name for program in made.programs())
     assert [process.returncode is None for process in helped.processes] == [False, False]
 
@@ -83,7 +96,7 @@ def start(program: str) -> subprocess.Popen[bytes]:
 @pytest.mark.parametrize("what", HELPERS)
 def test_what_a_broken_helper_took_is_lowered_here(what, helped, monkeypatch, caplog):
     monkeypatch.setattr(lowering, "_start", lambda: start(HELPERS[what]))
-    made = recipe()
+    made = short()
     assert texts(made, helpers=2).keys() == {program.name for program in made.programs()}
     assert caplog.text.count("a helper ended too early") == 2
 
@@ -92,7 +105,7 @@ def test_a_silent_helper_is_given_up(monkeypatch, caplog):
     silent = start(f"{ENDS}; import time; time.sleep(600)")
     monkeypatch.setattr(lowering, "_start", lambda: silent)
     monkeypatch.setattr(lowering, "PATIENCE_S", 0.1)
-    made = recipe()
+    made = short()
     assert texts(made, helpers=1).keys() == {program.name for program in made.programs()}
     assert "no helper has lowered anything" in caplog.text and silent.returncode is not None
 
@@ -101,7 +114,7 @@ def test_programs_made_from_something_else_are_not_taken(helped, caplog):
     made = recipe()
     other = dataclasses.replace(made, plan=dataclasses.replace(made.plan, num_pages=7))
     found = {program.name: done.as_text() for program, done in lowered(made.programs(), {}, other, 1)}
-    assert found == texts(made, helpers=0)
+    assert found == alone(1)
     assert f"step of {LANES} rows and 16 prompt tokens was lowered for" in caplog.text
     assert "masks" in helped.adopted and f"step of {LANES} rows and 16 prompt tokens" not in helped.adopted
 
@@ -128,7 +141,7 @@ def test_devices_that_cannot_be_described_cost_a_warning(monkeypatch, caplog):
         raise NotImplementedError("no description")
 
     monkeypatch.setattr(Recipe, "described", fails)
-    made = recipe()
+    made = short()
     assert texts(made, helpers=2).keys() == {program.name for program in made.programs()}
     assert "0 of 2 helpers could be started (no description)" in caplog.text
 
