@@ -167,7 +167,7 @@ def _shares(rows: Rows, kv_heads: int, page_size: int, decode: Decode, window: i
 
 def _tiles(rows: Rows, implementation: str, group: int, prefill: Prefill, chunk: int, decodes: bool, zeros: bool) -> Tiles:
     if implementation == "sm90":
-        return tiles(rows, chunk=chunk, tile=attention_sm90_prefill.tile_tokens(group), gaps=zeros, decodes=decodes or not zeros)
+        return tiles(rows, chunk=chunk, tile=attention_sm90_prefill.tile_tokens(group), gaps=zeros, decodes=decodes)
     return tiles(rows, chunk=chunk, tile=attention_portable.tile_tokens(group, prefill))
 
 

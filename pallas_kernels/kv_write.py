@@ -1,6 +1,6 @@
 """Writing new keys and values into their pages, in place: as they are (`write_kv`), or as a product left them (`turn_and_write`).
 
-On a GPU one Pallas-Triton kernel does either, a program a token or a token's heads; elsewhere plain jax.numpy says what is meant.
+On a GPU one Pallas-Triton kernel does either, a program for tokens, or some of their heads; elsewhere plain jax.numpy says what is meant.
 """
 
 from functools import partial
@@ -134,15 +134,14 @@ def turn_and_write(
     if cos_sin is not None:
         extras |= {"cos": cos_sin[0].reshape(-1, pairs), "sin": cos_sin[1].reshape(-1, pairs)}
     extras = {name: x for name, x in extras.items() if x is not None}
-    count, pages = 2 + len(extras), (k_pages, v_pages)
-    how = dict(heads=heads, parts=qkv_PNF.shape[0], pairs=pairs, eps=eps, offset=offset)
+    count, pages, parts = 2 + len(extras), (k_pages, v_pages), qkv_PNF.shape[0]
     made = pl.pallas_call(
-        partial(_turn_kernel, names=tuple(extras), **how),
+        partial(_turn_kernel, names=tuple(extras), heads=heads, parts=parts, pairs=pairs, eps=eps, offset=offset),
         grid=(programs(slot_N.shape[0], live_3), pl.cdiv(heads + 2 * kv_heads, HEADS)),
         out_shape=[jax.ShapeDtypeStruct((slot_N.shape[0], heads, head_dim), k_pages.dtype)]
         + [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in pages],
         input_output_aliases={count: 1, count + 1: 2},
-        compiler_params=plt.CompilerParams(num_warps=4 if how["parts"] == 1 else 8, num_stages=1),
+        compiler_params=plt.CompilerParams(num_warps=4 if parts == 1 else 8, num_stages=1),
         interpret=interpret,
         name="turn_and_write",
     )(qkv_PNF, slot_N, *extras.values(), *pages)

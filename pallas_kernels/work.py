@@ -227,9 +227,9 @@ def worker_of(entry, *, total, workers):
 def tiles(rows: Rows, *, chunk: int, tile: int, gaps: bool = False, decodes: bool = True) -> Tiles:
     """Cut each row's chunk into tiles of `tile` tokens, the longest contexts first; with gaps, the lanes that no row owns as well.
 
-    decodes: False puts the decode lanes, at begin -M to -1, among those that no row owns.
+    decodes: False puts the decode lanes, at begin -M to -1, among those gaps.
     """
-    first = 0 if decodes else -rows.length_M.shape[0]
+    first = 0 if decodes or not gaps else -rows.length_M.shape[0]
     runs = [_owned(rows), _gaps(rows, first, chunk)] if gaps else [_owned(rows)]
     begin_U, size_U, position_U, row_U = (jnp.concatenate(parts) for parts in zip(*runs, strict=True))
     slots = min(-(-(chunk - first) // tile) + size_U.shape[0], chunk - first)
