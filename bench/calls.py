@@ -18,6 +18,7 @@ import numpy as np
 
 from bench.profile import spans
 from bench.workloads import SHAPES, Shape
+from jaxllm.engine import profile as trace
 from jaxllm.plan import Bucket
 from jaxllm.programs import product_options
 from pallas_kernels.matmul import Product
@@ -121,14 +122,14 @@ def timed(calls: Sequence[Callable], call: Call) -> list[float]:
     """Microseconds of each of `calls` on cold weights: the kernels of a run together, in the median of its runs."""
     marks, rounds = [], 2
     with tempfile.TemporaryDirectory() as folder:
-        jax.profiler.start_trace(folder)
+        trace(folder)
         for _ in range(rounds):
             for i, run in enumerate(calls):
                 for weight in call.weights:
                     out = run(call.x, weight, call.around)
                     marks.append(i)
             jax.block_until_ready(out)
-        jax.profiler.stop_trace()
+        trace(None)
         kernels = sorted(
             (s for s in spans(Path(folder)) if s.plane.startswith("/device:GPU") and "Stream" in s.line), key=lambda s: s.start
         )
