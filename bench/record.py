@@ -22,6 +22,14 @@ RESULTS = Path(__file__).parent / "results"
 _MEASURED = ("value", "unit", "limit", "anchor", "versions", "command", "commit", "date")  # the rest of a row says what was measured
 
 
+def count(text: str) -> int:
+    """An argument's value, at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("a count is at least 1")
+    return value
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--results and --no-save, for a bench that keeps its rows unless told otherwise."""
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the result files")

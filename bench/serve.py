@@ -184,13 +184,6 @@ def _rate(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("a count is at least 1")
-    return value
-
-
 def _object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -206,28 +199,30 @@ def parser() -> argparse.ArgumentParser:
     server.add_argument("--model", help="the name to ask for (default: the first of /v1/models)")
     server.add_argument("--api-key", default=os.environ.get("OPENAI_API_KEY"), help="default: OPENAI_API_KEY of the environment")
     when = made.add_argument_group("when requests are sent")
-    when.add_argument("--num-prompts", type=_count, help="requests (default: 1000; of a trace: all)")
+    when.add_argument("--num-prompts", type=record.count, help="requests (default: 1000; of a trace: all)")
     when.add_argument("--request-rate", type=_rate, help="requests a second in the mean (default: all at once, or the trace's own times)")
     when.add_argument("--burstiness", type=_rate, default=1.0, help="shape of the gaps: 1 is Poisson, less comes in bursts (default: 1)")
-    when.add_argument("--max-concurrency", type=_count, help="requests under way at most")
-    when.add_argument("--processes", type=_count, default=1, help="client processes (default: 1)")
-    when.add_argument("--num-warmups", type=_count, default=1, help="requests before, not timed (default: 1)")
+    when.add_argument("--max-concurrency", type=record.count, help="requests under way at most")
+    when.add_argument("--processes", type=record.count, default=1, help="client processes (default: 1)")
+    when.add_argument("--num-warmups", type=record.count, default=1, help="requests before, not timed (default: 1)")
     when.add_argument("--timeout", type=_rate, default=600.0, help="seconds for one answer (default: 600)")
     when.add_argument("--max-seconds", type=_rate, default=3600.0, help="seconds for everything; what runs then is cut off (default: 3600)")
     what = made.add_argument_group("what they ask")
     what.add_argument(
         "--lengths", choices=["fixed", "uniform", "mix"], default="fixed", help="mix: lognormal, as bench offline (default: fixed)"
     )
-    what.add_argument("--input-len", type=_count, default=299, help="tokens of a prompt, or their mean (default: 299)")
-    what.add_argument("--output-len", type=_count, default=209, help="tokens of an answer, or their mean (default: 209)")
+    what.add_argument("--input-len", type=record.count, default=299, help="tokens of a prompt, or their mean (default: 299)")
+    what.add_argument("--output-len", type=record.count, default=209, help="tokens of an answer, or their mean (default: 209)")
     what.add_argument("--range-ratio", type=float, default=1.0, help="uniform: lengths are within this share of the mean (default: 1)")
     what.add_argument("--trace", type=Path, help="lengths and times from an Azure CSV or a Mooncake JSONL, plain or .xz")
     what.add_argument("--time-scale", type=float, default=1.0, help="a trace's times are multiplied by this; 0: all at once (default: 1)")
-    what.add_argument("--max-len", type=_count, help="a trace's requests of more tokens, in and out together, are left out")
+    what.add_argument("--max-len", type=record.count, help="a trace's requests of more tokens, in and out together, are left out")
     what.add_argument(
         "--prompts", choices=["ids", "words"], default="ids", help="random token ids (default) or words; chat takes words only"
     )
-    what.add_argument("--vocab-size", type=_count, default=256, help="ids are below this; few suffice to share no prefix (default: 256)")
+    what.add_argument(
+        "--vocab-size", type=record.count, default=256, help="ids are below this; few suffice to share no prefix (default: 256)"
+    )
     what.add_argument("--temperature", type=float, default=0.0, help="default: 0")
     what.add_argument("--top-p", type=float)
     what.add_argument("--ignore-eos", action=argparse.BooleanOptionalAction, default=True, help="ask for the full length (default: on)")
@@ -247,7 +242,7 @@ def parser() -> argparse.ArgumentParser:
     said.add_argument("--label", help=f"the model's name in rows (default: --model); limits are known of {', '.join(workloads.SHAPES)}")
     said.add_argument("--device", help="the server's device in rows (default: this machine's GPU)")
     said.add_argument("--dtype", default="bfloat16", help="the server's, for rows (default: bfloat16)")
-    said.add_argument("--tensor-parallel-size", "-tp", type=_count, default=1, help="the server's, for rows (default: 1)")
+    said.add_argument("--tensor-parallel-size", "-tp", type=record.count, default=1, help="the server's, for rows (default: 1)")
     said.add_argument("--ceiling", action="store_true", help="measure this client instead, against a server without a model")
     return made
 

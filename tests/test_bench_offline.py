@@ -91,6 +91,13 @@ def test_an_engine_that_fails_its_clients_is_no_measurement(llm, monkeypatch):
         list(bench(llm).clients(2, 3, 299, 4))
 
 
+def test_clients_that_are_none_are_refused(capsys):
+    """They would never hear of the first request."""
+    with pytest.raises(SystemExit):
+        offline.parser().parse_args(["--model", "m", "--workload", "clients", "--clients", "0"])
+    assert "a count is at least 1" in capsys.readouterr().err
+
+
 def test_a_long_prompt_fills_the_context_but_for_its_answer(llm):
     first, step = bench(llm).long(131_072)
     assert (first["name"], first["unit"], first["context"]) == ("long_ttft_s", "s", 130_815)
